@@ -1,0 +1,79 @@
+"""The one data type: a prompt, K responses to it, and what is known about them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from prefopt.core.facts import Kind
+
+ROLES = ("system", "user", "assistant", "tool", "developer")
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message of a conversation. `tool_calls` is the JSON text of an assistant's calls, "" without any."""
+
+    role: str
+    content: str
+    tool_calls: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """What is known about the responses of a group.
+
+    pair: responses are (chosen, rejected), with an optional margin, probability that chosen is better, and weight.
+    label: one response, desirable or not. ranking: 1 is best, one rank a response. scores: higher is better.
+    """
+
+    kind: Kind
+    label: bool | None = None
+    margin: float | None = None
+    probability: float | None = None
+    weight: float = 1.0
+    ranking: tuple[int, ...] = ()
+    scores: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A prompt and K responses.
+
+    `form` says how the row was written, which decides how it is rendered without a chat template: "text" (one user
+    turn that is a plain string, responses that are plain strings), "hh" (`\\n\\nHuman:` transcripts), "messages".
+    `source` names the row in errors: `file:line`. `tools` is the JSON text of tool schemas, "" without any.
+    """
+
+    prompt: tuple[Turn, ...]
+    responses: tuple[tuple[Turn, ...], ...]
+    feedback: Feedback
+    form: Literal["text", "hh", "messages"] = "messages"
+    source: str = ""
+    tools: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that was refused: where, why (one of a fixed list of reasons), and what was found in which field."""
+
+    source: str
+    reason: str
+    field: str
+    found: str
+    expected: str
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.reason} ({self.field}: found {self.found}, expected {self.expected})"
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSet:
+    """All groups of one source, with what was refused on the way. `shape` is the detected shape of the rows."""
+
+    groups: tuple[Group, ...]
+    bad: tuple[BadRow, ...] = ()
+    shape: str = ""
+    rows: int = 0
+    name: str = ""
+    notes: tuple[str, ...] = field(default_factory=tuple)

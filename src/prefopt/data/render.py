@@ -1,0 +1,240 @@
+"""Turns -> text with marked pieces: through the model's chat template, or as plain text.
+
+A `Piece` is a stretch of text that is tokenised on its own. Text inside a turn that happens to spell one of the
+tokenizer's special tokens is marked literal, so that it cannot end a turn or open a new one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from prefopt.core.errors import ConfigError, ModelError
+from prefopt.data.groups import Turn
+
+# Private-use characters that stand for special-token text while the template runs.
+_OPEN, _CLOSE = "\ue0f0", "\ue0f1"
+_MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+
+
+class UnusableTemplate(Exception):
+    """A row that the template cannot render; becomes a BadRow."""
+
+    def __init__(self, reason: str, found: str, expected: str) -> None:
+        super().__init__(reason)
+        self.reason, self.found, self.expected = reason, found[:120], expected
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text in `parts` (text, literal), whether it is scored, whether it continues earlier text.
+
+    `wants_prefix`: the tokenizer's beginning-of-text token goes in front. `end_of_turn` is the token that ends a turn.
+    """
+
+    parts: tuple[tuple[str, bool], ...]
+    end_of_turn: int
+    scored: bool = False
+    continues: bool = True
+    wants_prefix: bool = False
+
+    @property
+    def has_literal(self) -> bool:
+        return any(literal for _, literal in self.parts)
+
+
+class Renderer(Protocol):
+    """Renders prompts and responses for one tokenizer."""
+
+    end_of_turn: int
+
+    def prompt(self, turns: Sequence[Turn], tools: str) -> Piece:
+        """The prompt up to the place where the assistant starts to write."""
+        ...
+
+    def response(self, prompt: Sequence[Turn], turns: Sequence[Turn], tools: str) -> list[Piece]:
+        """What follows the prompt: assistant turns scored, anything else not."""
+        ...
+
+
+class SpecialText:
+    """Marks special-token text in contents before rendering and splits it off afterwards."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        self.tokens = sorted(
+            {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens),
+            key=len,
+            reverse=True,
+        )
+        self.pattern = re.compile("|".join(re.escape(token) for token in self.tokens)) if self.tokens else None
+
+    def mark(self, content: str) -> str:
+        if self.pattern is None or not self.pattern.search(content):
+            return content
+        return self.pattern.sub(lambda found: f"{_OPEN}{self.tokens.index(found.group())}{_CLOSE}", content)
+
+    def split(self, text: str) -> tuple[tuple[str, bool], ...]:
+        if _OPEN not in text:
+            return ((text, False),) if text else ()
+        parts: list[tuple[str, bool]] = []
+        start = 0
+        for found in _MARK.finditer(text):
+            parts.append((text[start : found.start()], False))
+            parts.append((self.tokens[int(found.group(1))], True))
+            start = found.end()
+        parts.append((text[start:], False))
+        return tuple(part for part in parts if part[0])
+
+
+class ChatRenderer:
+    """Through a chat template. The response is what the template writes after the rendered prompt."""
+
+    def __init__(self, tokenizer: Any, template: str) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.special = SpecialText(tokenizer)
+        self.end_of_turn = self._find_end_of_turn()
+
+    def prompt(self, turns: Sequence[Turn], tools: str) -> Piece:
+        text = self._render(turns, tools, generate=True)
+        return Piece(self.special.split(text), self.end_of_turn, continues=False)
+
+    def response(self, prompt: Sequence[Turn], turns: Sequence[Turn], tools: str) -> list[Piece]:
+        whole = self._render((*prompt, *turns), tools)
+        pieces: list[Piece] = []
+        position = len(self._prefix(prompt, tools, whole, generate=True))
+        for index, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            start = len(self._prefix((*prompt, *turns[:index]), tools, whole, generate=True))
+            end = len(self._prefix((*prompt, *turns[: index + 1]), tools, whole))
+            if start > position:
+                pieces.append(Piece(self.special.split(whole[position:start]), self.end_of_turn))
+            pieces.append(Piece(self.special.split(whole[start:end]), self.end_of_turn, scored=True))
+            position = end
+        if not pieces or turns[-1].role != "assistant":
+            raise UnusableTemplate(
+                "no assistant turn", turns[-1].role if turns else "nothing", "a response that ends with the assistant"
+            )
+        return pieces
+
+    def _prefix(self, turns: Sequence[Turn], tools: str, whole: str, *, generate: bool = False) -> str:
+        text = self._render(turns, tools, generate=generate)
+        if not whole.startswith(text):
+            raise UnusableTemplate(
+                "template does not extend the prompt",
+                repr(text[-60:]),
+                "a chat template that only appends when turns are added",
+            )
+        return text
+
+    def _render(self, turns: Sequence[Turn], tools: str, *, generate: bool = False) -> str:
+        from jinja2 import TemplateError
+
+        messages = [self._message(turn) for turn in turns]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages,
+                tools=json.loads(tools) if tools else None,
+                chat_template=self.template,
+                add_generation_prompt=generate,
+                tokenize=False,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise UnusableTemplate("template refuses the turns", f"{error}", "turns that the chat template accepts") from error
+        return str(text)
+
+    def _message(self, turn: Turn) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": turn.role, "content": self.special.mark(turn.content)}
+        if turn.tool_calls:
+            message["tool_calls"] = json.loads(turn.tool_calls)
+        return message
+
+    def _find_end_of_turn(self) -> int:
+        """The first special token that the template writes after an assistant's content, else end-of-sequence."""
+        probe = "prefopt-probe"
+        try:
+            text = self._render((Turn("user", "a"), Turn("assistant", probe)), "")
+        except UnusableTemplate as error:
+            raise ModelError(
+                f"The chat template cannot render a user and an assistant turn ({error.found})",
+                todo="Give a working template with data.template=FILE.jinja.",
+            ) from error
+        tail = self.tokenizer(text[text.rindex(probe) + len(probe) :], add_special_tokens=False)["input_ids"]
+        special = {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        special |= set(self.tokenizer.all_special_ids)
+        return next((int(token) for token in tail if token in special), _end_of_sequence(self.tokenizer))
+
+
+class PlainRenderer:
+    """Without a template: strings as they are, conversations as `\\n\\nHuman:` / `\\n\\nAssistant:` text."""
+
+    def __init__(self, tokenizer: Any, *, conversation: bool) -> None:
+        self.conversation = conversation
+        self.special = SpecialText(tokenizer)
+        self.end_of_turn = _end_of_sequence(tokenizer)
+
+    def prompt(self, turns: Sequence[Turn], tools: str) -> Piece:
+        text = "".join(self._written(turn) for turn in turns)
+        if self.conversation:
+            text += "\n\nAssistant:"
+        return Piece(self.special.split(text), self.end_of_turn, continues=False, wants_prefix=True)
+
+    def response(self, prompt: Sequence[Turn], turns: Sequence[Turn], tools: str) -> list[Piece]:
+        if not turns or turns[-1].role != "assistant":
+            raise UnusableTemplate(
+                "no assistant turn", turns[-1].role if turns else "nothing", "a response that ends with the assistant"
+            )
+        pieces = []
+        for number, turn in enumerate(turns):
+            text = self._written(turn)
+            if turn.role == "assistant" and self.conversation:
+                label = "\n\nAssistant:"
+                if number > 0:
+                    pieces.append(Piece(self.special.split(label), self.end_of_turn))
+                text = text.removeprefix(label)
+            pieces.append(Piece(self.special.split(text), self.end_of_turn, scored=turn.role == "assistant"))
+        return pieces
+
+    def _written(self, turn: Turn) -> str:
+        content = self.special.mark(turn.content)
+        if not self.conversation:
+            return content
+        name = {"user": "Human", "assistant": "Assistant"}.get(turn.role, turn.role.capitalize())
+        return f"\n\n{name}: {content}"
+
+
+def _end_of_sequence(tokenizer: Any) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ModelError("The tokenizer has no end-of-sequence token", todo="Set tokenizer.eos_token and save the tokenizer.")
+    return int(tokenizer.eos_token_id)
+
+
+def make_renderer(tokenizer: Any, *, template: str, form: str) -> Renderer:
+    """The renderer for rows of `form` (text, hh, messages) under `template` (auto, chat, plain, or a .jinja file).
+
+    Raises ModelError where chat rows meet a tokenizer without a template, ConfigError for a template that is no file.
+    """
+    own = getattr(tokenizer, "chat_template", None)
+    if template not in ("auto", "chat", "plain"):
+        path = Path(template)
+        if not path.is_file():
+            raise ConfigError(
+                f'data.template: "{template}" is not a file', todo="Use auto, chat, plain, or the path of a .jinja file."
+            )
+        return ChatRenderer(tokenizer, path.read_text(encoding="utf-8"))
+    if template == "plain" or (template == "auto" and not own and form != "messages"):
+        return PlainRenderer(tokenizer, conversation=form != "text")
+    if not own:
+        raise ModelError(
+            "The rows are chat messages and the model's tokenizer has no chat template",
+            todo="Give one with data.template=FILE.jinja, or data.template=plain to write Human/Assistant text.",
+        )
+    if isinstance(own, dict):
+        own = own.get("default") or next(iter(own.values()))
+    return ChatRenderer(tokenizer, own)
