@@ -1,0 +1,180 @@
+"""The language model as this project uses it: token groups in, per-token log-probs out.
+
+Everything above this file (losses, reference cache, evaluation) is built on `token_logps`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from prefopt.core.errors import ModelError
+from prefopt.core.files import digest
+from prefopt.core.progress import progress, say
+from prefopt.data.encode import TokenGroup
+from prefopt.data.groups import Feedback
+from prefopt.data.pack import micro_batches
+from prefopt.model import attention
+from prefopt.model.batch import Batch, packed_batch, padded_batch
+from prefopt.model.head import head_of
+from prefopt.model.layout import active_layout, use_layout
+
+# Raised whenever a change to this package can change log-probs: part of every cache key.
+NUMERICS_VERSION = 1
+
+# Largest difference of a token's log-prob (nats) between two ways of computing it that is still rounding.
+TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.5}
+
+
+class LanguageModel:
+    """A causal language model, its tokenizer, and the way its rows are computed.
+
+    `identity` names the weights by content. `sharing` says whether prompts are computed once per group; it is decided
+    by comparing this model with its plain forward, the first time that it is needed.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, name: str, dtype: torch.dtype, device: torch.device, identity: str = ""
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.dtype = dtype
+        self.device = device
+        self.identity = identity or weights_identity(model)
+        attention.register()
+        if not isinstance(model.config._attn_implementation, str) or model.config._attn_implementation != attention.NAME:
+            model.set_attn_implementation(attention.NAME)
+
+    @property
+    def context_tokens(self) -> int:
+        """Longest sequence of positions that the model knows."""
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**20)
+
+    @property
+    def numerics(self) -> str:
+        """What, besides weights and tokens, the log-probs depend on."""
+        return f"{str(self.dtype).removeprefix('torch.')}-{self.device.type}-v{NUMERICS_VERSION}"
+
+    @cached_property
+    def sharing(self) -> bool:
+        """True where the packed, shared forward agrees with the plain one on a probe; says so in one line where not."""
+        worst = self.sharing_deviation()
+        if worst is None:
+            say(f"{self.name}: its attention cannot follow a packed layout; prompts are computed once per response instead")
+            return False
+        if not worst <= TOLERANCE[self.dtype]:
+            say(
+                f"{self.name}: packed and plain forward differ by {worst:.2g} nats; prompts are computed once per response instead"
+            )
+            return False
+        return True
+
+    def sharing_deviation(self, groups: Sequence[TokenGroup] | None = None) -> float | None:
+        """Largest difference of a token's log-prob (nats) between packed and padded rows; None where packing is ignored."""
+        groups = groups or [_probe(int(self.model.config.get_text_config().vocab_size), self.context_tokens)]
+        before = attention.calls_in_layout
+        with torch.no_grad():
+            packed = self.token_logps(packed_batch(groups, self.device))
+            followed = attention.calls_in_layout - before
+            if followed < int(getattr(self.model.config.get_text_config(), "num_hidden_layers", 1)):
+                return None
+            plain = self.token_logps(padded_batch(groups, self.device))
+        return float((packed - plain).abs().max())
+
+    def batch(self, groups: Sequence[TokenGroup]) -> Batch:
+        """The tensors of one micro-batch, packed where that is valid for this model."""
+        if self.sharing:
+            return packed_batch(groups, self.device)
+        return padded_batch(groups, self.device)
+
+    def token_logps(self, batch: Batch) -> Tensor:
+        """Log-prob of each scored token in nats, shape (N,), fp32, differentiable in the model's weights."""
+        scope = use_layout(batch.layout) if batch.layout is not None else nullcontext()
+        with scope:
+            hidden = self.model.base_model(
+                input_ids=batch.token_ids, position_ids=batch.position_ids, use_cache=False, return_dict=True
+            ).last_hidden_state
+        hidden_ND = hidden.reshape(-1, hidden.shape[-1])[batch.predictor_N]
+        return head_of(self.model).logps(hidden_ND, batch.target_N)
+
+    @torch.no_grad()
+    def score(
+        self, groups: Sequence[TokenGroup], *, micro_batch_tokens: int = 4096, title: str = ""
+    ) -> list[tuple[NDArray[np.float32], ...]]:
+        """Log-probs in nats of the scored tokens: per group, per response, one float32 array in token order."""
+        if not groups:
+            return []
+        results: list[tuple[NDArray[np.float32], ...]] = [()] * len(groups)
+        lengths = [group.unique_tokens for group in groups]
+        was_training = self.model.training
+        self.model.eval()
+        with progress(title or "scoring", sum(lengths), "tokens") as bar:
+            for members in micro_batches(lengths, budget_tokens=micro_batch_tokens):
+                chosen = [groups[place] for place in members]
+                values = self.token_logps(self.batch(chosen)).cpu().numpy()
+                counts = [int(flags.sum()) for group in chosen for flags in group.scored]
+                pieces = iter(np.split(values, np.cumsum(counts)[:-1]))
+                for place, group in zip(members, chosen, strict=True):
+                    results[place] = tuple(next(pieces) for _ in group.scored)
+                bar.advance(sum(lengths[place] for place in members))
+        self.model.train(was_training)
+        return results
+
+    def enable_activation_checkpointing(self) -> None:
+        """Recompute each layer in backward; the recomputation sees the layout of its own forward."""
+        self.model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={
+                "use_reentrant": False,
+                "context_fn": lambda: (nullcontext(), use_layout(active_layout())),
+            }
+        )
+
+    def disable_dropout(self) -> None:
+        """Set every dropout to 0: a policy with dropout differs from its reference at step 0."""
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+            for name in ("attention_dropout", "dropout", "activation_dropout", "attn_dropout"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
+
+
+def _probe(vocabulary: int, context: int) -> TokenGroup:
+    """A prompt with two unequal responses of fixed pseudo-random tokens, within any model's context."""
+    random = np.random.default_rng(0)
+    scale = min(1.0, (context - 1) / 24)
+    prompt, first, second = (random.integers(0, vocabulary, max(2, int(size * scale)), dtype=np.int32) for size in (11, 6, 9))
+    return TokenGroup(
+        prompt_ids=prompt,
+        response_ids=(first, second),
+        scored=(np.ones(len(first), bool), np.ones(len(second), bool)),
+        feedback=Feedback("pair"),
+    )
+
+
+def cast_parameters(model: Any, dtype: torch.dtype) -> None:
+    """Cast the parameters in place. Buffers stay: rotary frequencies in bf16 would move every position."""
+    for parameter in model.parameters():
+        if parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+
+
+def weights_identity(model: Any) -> str:
+    """Digest of names, shapes, dtypes and bytes of all weights; ModelError where one is not finite."""
+    parts: list[bytes | str] = []
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ModelError(
+                f"The weight {name} holds NaN or infinite values", todo="Use a checkpoint whose training did not diverge."
+            )
+        parts.append(f"{name} {tuple(value.shape)} {value.dtype}")
+        parts.append(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return digest(*parts)

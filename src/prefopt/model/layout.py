@@ -1,0 +1,124 @@
+"""Who may attend to whom on a packed token axis: the one description that every attention backend reads.
+
+Each response attends, causally by position, to its prompt and to itself; a prompt to itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# A group is computed as one masked square while that costs at most this many times the attention it needs;
+# beyond, each response is computed apart. Few large calls beat many small ones (benchmarks/RESULTS.md).
+_SQUARE_COST = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSpan:
+    """Where a group lies on the token axis: first token, prompt length, length of each response."""
+
+    start: int
+    prompt: int
+    responses: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt + sum(self.responses)
+
+    @property
+    def is_square(self) -> bool:
+        """Whether one masked square over the whole group is cheap enough."""
+        needed = self.prompt**2 / 2 + sum(length * (self.prompt + length / 2) for length in self.responses)
+        return self.tokens**2 <= _SQUARE_COST * 2 * needed
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Queries `[query_start, query_end)` against keys made of token ranges, in order.
+
+    `mask` is (queries, keys), True where attention is allowed, or None where it is plainly causal from a common start.
+    """
+
+    query_start: int
+    query_end: int
+    keys: tuple[tuple[int, int], ...]
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The groups of one packed batch. Segments are made once per sliding window and kept for all layers."""
+
+    spans: tuple[GroupSpan, ...]
+    made: dict[tuple[int | None, torch.device], list[Segment]] = field(default_factory=dict, compare=False)
+
+    def segments(self, window: int | None, device: torch.device) -> list[Segment]:
+        """Segments that cover every query once, in token order. `window`: keys at most that many positions back."""
+        key = (window, device)
+        if key not in self.made:
+            self.made[key] = [segment for span in self.spans for segment in _segments(span, window, device)]
+        return self.made[key]
+
+
+def _segments(span: GroupSpan, window: int | None, device: torch.device) -> Iterator[Segment]:
+    end = span.start + span.prompt
+    if span.is_square:
+        last = span.start + span.tokens
+        yield Segment(span.start, last, ((span.start, last),), _square_mask(span, window, device))
+        return
+    first = end + span.responses[0]
+    yield Segment(span.start, first, ((span.start, first),), _causal_mask(0, first - span.start, window, device))
+    for length in span.responses[1:]:
+        mask = _causal_mask(span.prompt, span.prompt + length, window, device, always=True)
+        yield Segment(first, first + length, ((span.start, end), (first, first + length)), mask)
+        first += length
+
+
+def _square_mask(span: GroupSpan, window: int | None, device: torch.device) -> Tensor | None:
+    if len(span.responses) == 1:
+        return _causal_mask(0, span.tokens, window, device)
+    lengths = torch.tensor([span.prompt, *span.responses], device=device)
+    owner = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
+    starts = torch.tensor([0, *[span.prompt] * len(span.responses)], device=device)
+    places = [torch.arange(int(length), device=device) for length in lengths]
+    position = torch.cat([place + start for place, start in zip(places, starts, strict=True)])
+    allowed = (owner[None, :] == owner[:, None]) | (owner[None, :] == 0)
+    return allowed & _in_reach(position, position, window)
+
+
+def _causal_mask(first: int, last: int, window: int | None, device: torch.device, *, always: bool = False) -> Tensor | None:
+    """Mask of queries at positions [first, last) against keys at positions [0, last); None where plainly causal."""
+    if not always and (window is None or window >= last):
+        return None
+    keys = torch.arange(last, device=device)
+    return _in_reach(keys[first:], keys, window)
+
+
+def _in_reach(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    distance = queries[:, None] - keys[None, :]
+    reach = distance >= 0
+    return reach if window is None else reach & (distance < window)
+
+
+_active: Layout | None = None
+
+
+def active_layout() -> Layout | None:
+    """The layout of the packed batch that is going through a model, or None outside of one."""
+    return _active
+
+
+@contextmanager
+def use_layout(layout: Layout | None) -> Iterator[None]:
+    """Make `layout` the active one within the block. Module state, because backward may run on other threads."""
+    global _active
+    before = _active
+    _active = layout
+    try:
+        yield
+    finally:
+        _active = before

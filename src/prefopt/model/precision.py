@@ -1,0 +1,37 @@
+"""Which dtype matrices are multiplied in, decided by what the hardware does natively."""
+
+from __future__ import annotations
+
+import torch
+
+
+def pick_device() -> torch.device:
+    """CUDA, else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether `device` multiplies bf16 matrices in hardware. Where it does not, bf16 is slower than fp32, not faster."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type == "mps":
+        return True
+    get_capabilities = getattr(torch.cpu, "get_capabilities", None)
+    if get_capabilities is None:  # torch < 2.12
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    capabilities = get_capabilities()
+    return any(bool(capabilities.get(name)) for name in ("amx_bf16", "avx512_bf16", "arm_bf16", "bf16"))
+
+
+def compute_dtype(precision: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """(dtype, one line that says why) for train.precision `auto`, `bf16` or `fp32`."""
+    native = native_bf16(device)
+    if precision == "fp32" or (precision == "auto" and not native):
+        why = "as asked" if precision == "fp32" else f"this {device.type} multiplies no bf16 in hardware"
+        return torch.float32, f"precision: fp32 ({why})"
+    why = "fp32 masters" if native else f"fp32 masters; slow here: this {device.type} multiplies no bf16 in hardware"
+    return torch.bfloat16, f"precision: bf16 compute ({why})"

@@ -1,0 +1,1 @@
+"""Log-probs -> loss: pure tensor functions, one formula per loss."""
