@@ -1,0 +1,148 @@
+"""Logging, evaluation, saving and stopping: each watches the steps and knows nothing of the others."""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from prefopt.core.errors import Interrupted
+from prefopt.core.events import EventLog
+from prefopt.core.progress import Progress, say
+from prefopt.core.run_folder import RunFolder
+from prefopt.core.statistics import wilson
+from prefopt.data.encode import TokenGroup
+from prefopt.train.checkpoint import prune_checkpoints, save_checkpoint
+from prefopt.train.loop import Training
+from prefopt.train.record import PairValues, StepRecord
+from prefopt.train.sinks import Sinks
+
+
+@dataclass
+class LogSteps:
+    """Every step into events.jsonl and the sinks, and onto the progress bar."""
+
+    log: EventLog
+    sinks: Sinks
+    bar: Progress
+
+    def after_step(self, record: StepRecord) -> None:
+        metrics = record.metrics()
+        self.log.write("step", step=record.step, **metrics)
+        self.sinks.log(metrics, record.step)
+        note = (
+            f"loss {metrics['loss']:.4f}, margin {metrics['rewards/margins']:.3f}, {metrics['tokens_per_second']:.0f} tokens/s"
+        )
+        self.bar.advance(1, note)
+
+
+@dataclass
+class EvaluateHeldOut:
+    """Loss, accuracy and margins on held-out groups, every `every` steps and at the end."""
+
+    training: Training
+    groups: Sequence[TokenGroup]
+    every: int
+    log: EventLog
+    sinks: Sinks
+    best_loss: float = math.inf
+    best_step: int = 0
+
+    def after_step(self, record: StepRecord) -> None:
+        if record.step % self.every and record.step != self.training.total_steps:
+            return
+        metrics = held_out_metrics(self.training.evaluate(self.groups))
+        margins = metrics.pop("margins")
+        self.log.write("eval", step=record.step, **metrics, margins=margins)
+        self.sinks.log({name: value for name, value in metrics.items() if isinstance(value, float)}, record.step)
+        say(
+            f"step {record.step}: held-out accuracy {metrics['eval/rewards/accuracies']:.3f}"
+            f" ({metrics['eval/rewards/accuracies_low']:.3f} to {metrics['eval/rewards/accuracies_high']:.3f}),"
+            f" loss {metrics['eval/loss']:.4f}"
+        )
+        if metrics["eval/loss"] < self.best_loss:
+            self.best_loss, self.best_step = metrics["eval/loss"], record.step
+
+
+def held_out_metrics(values: PairValues) -> dict[str, Any]:
+    """Metrics of held-out pairs with a 95 % Wilson interval of the accuracy, and every margin."""
+    metrics: dict[str, Any] = {
+        f"eval/{name}": value for name, value in values.metrics().items() if not name.startswith("lengths")
+    }
+    count = len(values.sources)
+    share = metrics["eval/rewards/accuracies"]
+    low, high = wilson(share, count)
+    metrics["eval/rewards/accuracies_low"], metrics["eval/rewards/accuracies_high"] = low, high
+    metrics["eval/groups"] = count
+    metrics["margins"] = [round(float(margin), 5) for margin in values.margin]
+    return metrics
+
+
+@dataclass
+class SaveCheckpoints:
+    """A checkpoint every `every` steps (None: only at the end); keeps the newest, and the best where asked."""
+
+    training: Training
+    run: RunFolder
+    log: EventLog
+    every: int | None
+    keep_last: int
+    held_out: EvaluateHeldOut | None = None
+    saved: list[int] = field(default_factory=list)
+
+    def after_step(self, record: StepRecord) -> None:
+        due = self.every is not None and record.step % self.every == 0
+        best = self.held_out is not None and self.held_out.best_step == record.step
+        if due or best or record.step == self.training.total_steps:
+            self.save()
+
+    def save(self) -> None:
+        """Save now, then remove what is no longer kept."""
+        step = self.training.step
+        folder = save_checkpoint(self.training, self.run.checkpoints / f"step-{step:06d}")
+        self.log.write("checkpoint", step=step, path=str(folder.relative_to(self.run.path)))
+        kept = {f"step-{self.held_out.best_step:06d}"} if self.held_out is not None else set()
+        prune_checkpoints(self.run.checkpoints, keep_last=self.keep_last, keep=kept)
+
+
+@dataclass
+class StopOnSignal:
+    """On Ctrl-C: the step is finished, a checkpoint saved, and the run ends with how to go on."""
+
+    saver: SaveCheckpoints
+    log: EventLog
+    resume_command: str
+    asked: bool = False
+
+    def after_step(self, record: StepRecord) -> None:
+        if not self.asked or record.step == self.saver.training.total_steps:
+            return
+        self.saver.save()
+        self.log.write("stop", step=record.step, reason="interrupted by the user")
+        raise Interrupted(
+            f"Stopped after step {record.step} of {self.saver.training.total_steps}; a checkpoint is saved",
+            todo=f"Go on with: {self.resume_command}",
+        )
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Ctrl-C asks for a stop within the block; a second Ctrl-C stops at once."""
+
+        def ask(number: int, frame: Any) -> None:
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+            say("stopping after this step; press Ctrl-C again to stop at once")
+
+        try:
+            before = signal.signal(signal.SIGINT, ask)
+        except ValueError:  # not the main thread: the host program keeps its own handling
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
