@@ -1,0 +1,1 @@
+"""A policy and its reference -> numbers with confidence intervals: held-out pairs, win rate, KL, diversity."""

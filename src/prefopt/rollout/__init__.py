@@ -1,0 +1,1 @@
+"""Prompts -> sampled responses -> rewards -> preference rows."""

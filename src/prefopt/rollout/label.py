@@ -1,0 +1,137 @@
+"""Scored responses -> preference rows."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, Literal
+
+import numpy as np
+
+from prefopt.core.errors import ConfigError, DataError, nearest
+from prefopt.rollout.rewards import Reward
+
+How = Literal["best-worst", "all-pairs", "bradley-terry"]
+HOWS: tuple[How, ...] = ("best-worst", "all-pairs", "bradley-terry")
+
+
+@dataclass(frozen=True, slots=True)
+class LabelResult:
+    """Preference rows, and what gave none, by reason.
+
+    "empty response" counts responses, "fewer than two responses" counts prompts, "identical responses", "tie" and
+    "margin below min_margin" count pairs. `flipped` counts Bradley-Terry pairs whose lower score won the draw.
+    """
+
+    rows: list[dict[str, Any]]
+    skipped: dict[str, int]
+    flipped: int = 0
+
+
+def score_samples(rows: Sequence[Mapping[str, Any]], reward: Reward) -> list[list[float]]:
+    """Scores of the `responses` of every row (as `prefopt.rollout.sample.samples_of` gives them), in one call of `reward`."""
+    prompts = [row["prompt"] for row in rows for _ in row["responses"]]
+    flat = iter(reward(prompts, [response for row in rows for response in row["responses"]]))
+    return [[next(flat) for _ in row["responses"]] for row in rows]
+
+
+def label(
+    rows: Sequence[Mapping[str, Any]],
+    scores: Sequence[Sequence[float]],
+    *,
+    how: How = "best-worst",
+    scale: float = 1.0,
+    seed: int = 0,
+    min_margin: float = 0.0,
+) -> LabelResult:
+    """Preference rows {prompt, chosen, rejected, margin, chosen_score, rejected_score} from scored responses.
+
+    `rows` hold `prompt` and `responses`; `scores` one number a response. best-worst: one pair a prompt, the highest
+    against the lowest score. all-pairs: every pair of responses, the higher score is chosen. bradley-terry: every pair,
+    and a is chosen over b with probability sigmoid(scale * (score a - score b)), the preference model of arXiv
+    2305.18290 eq. 1; the margin is then negative where the lower score won. Empty responses, identical responses, ties
+    and pairs whose scores differ by less than `min_margin` are skipped and counted. Where the prompt is a message list,
+    chosen and rejected are message lists too. ConfigError for an unknown `how` or a scale that is not above 0.
+    """
+    if how not in HOWS:
+        raise ConfigError(f'how: "{how}" is not a way to label', todo=f"{nearest(how, HOWS)}Use one of {', '.join(HOWS)}.")
+    if not 0 < scale < math.inf or not 0 <= min_margin < math.inf:
+        raise ConfigError(f"scale: {scale}, min_margin: {min_margin}", todo="scale is above 0, min_margin at least 0.")
+    if len(rows) != len(scores):
+        raise DataError(f"{len(rows)} rows and {len(scores)} lists of scores", todo="Give one list of scores for each row.")
+    random = np.random.default_rng(seed)
+    result: list[dict[str, Any]] = []
+    skipped: Counter[str] = Counter()
+    flipped = 0
+    for at, (row, given) in enumerate(zip(rows, scores, strict=True)):
+        answers = _answers(at, row, given, skipped)
+        for better, worse in _pairs(answers, how):
+            reason = _refused(better, worse, min_margin)
+            if reason:
+                skipped[reason] += 1
+                continue
+            if how == "bradley-terry" and random.random() >= _sigmoid(scale * (better[1] - worse[1])):
+                better, worse = worse, better
+                flipped += 1
+            result.append(_preference(row["prompt"], better, worse))
+    return LabelResult(result, dict(skipped), flipped)
+
+
+Answer = tuple[str, float]
+
+
+def _answers(at: int, row: Mapping[str, Any], scores: Sequence[float], skipped: Counter[str]) -> list[Answer]:
+    responses = row["responses"]
+    if len(responses) != len(scores):
+        raise DataError(
+            f"row {at}: {len(responses)} responses and {len(scores)} scores", todo="Give one score for each response."
+        )
+    answers = [(text, float(score)) for text, score in zip(responses, scores, strict=True) if text.strip()]
+    if len(answers) < len(responses):
+        skipped["empty response"] += len(responses) - len(answers)
+    if len(answers) < 2:
+        skipped["fewer than two responses"] += 1
+        return []
+    return answers
+
+
+def _pairs(answers: list[Answer], how: How) -> Iterator[tuple[Answer, Answer]]:
+    """Pairs to label, the higher score first."""
+    if not answers:
+        return
+    if how == "best-worst":
+        yield max(answers, key=lambda answer: answer[1]), min(answers, key=lambda answer: answer[1])
+        return
+    for one, other in combinations(answers, 2):
+        yield (one, other) if one[1] >= other[1] else (other, one)
+
+
+def _refused(better: Answer, worse: Answer, min_margin: float) -> str:
+    if better[0].strip() == worse[0].strip():
+        return "identical responses"
+    if better[1] == worse[1]:
+        return "tie"
+    return "margin below min_margin" if better[1] - worse[1] < min_margin else ""
+
+
+def _preference(prompt: Any, chosen: Answer, rejected: Answer) -> dict[str, Any]:
+    return {
+        "prompt": prompt,
+        "chosen": _as_prompt_is(prompt, chosen[0]),
+        "rejected": _as_prompt_is(prompt, rejected[0]),
+        "margin": chosen[1] - rejected[1],
+        "chosen_score": chosen[1],
+        "rejected_score": rejected[1],
+    }
+
+
+def _as_prompt_is(prompt: Any, text: str) -> str | list[dict[str, str]]:
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def _sigmoid(x: float) -> float:
+    """For x >= 0, where exp cannot overflow."""
+    return 1 / (1 + math.exp(-x))
