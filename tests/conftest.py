@@ -1,0 +1,42 @@
+"""What every test needs: an own cache, no progress output, and as few threads as the small tensors can use."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from prefopt.core import progress
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder that starts empty, so that no test finds what an earlier session computed."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFOPT_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    progress.set_quiet(True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture
+def shared() -> Path:
+    """Folder of real rows and models that the project does not ship; skips where there is none."""
+    import os
+
+    folder = Path(os.environ.get("PREFOPT_SHARED") or Path(__file__).resolve().parents[2] / "shared")
+    if not folder.is_dir():
+        pytest.skip("no folder with shared data (set PREFOPT_SHARED)")
+    return folder

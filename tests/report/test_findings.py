@@ -1,0 +1,226 @@
+"""Every rule fires just past its threshold, and is silent at it and where the numbers are absent."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from prefopt.report import findings as rules
+from prefopt.report.findings import Finding, Known, findings
+from prefopt.report.history import History
+
+Rule = Callable[[Known], Finding | None]
+LN2 = math.log(2)
+DPO = {"loss": {"name": "dpo", "beta": 0.1}, "train": {"max_grad_norm": 1.0}, "reference": {"model": None}}
+
+
+def steps(count: int = 20, first: int = 1, **metrics: Any) -> list[dict[str, Any]]:
+    named = {key.replace("__", "/"): value for key, value in metrics.items()}
+    return [{"kind": "step", "step": first + index, **named} for index in range(count)]
+
+
+def evals(*rows: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"kind": "eval", "step": 10 * index + 10, **row} for index, row in enumerate(rows)]
+
+
+def known(
+    events: list[dict[str, Any]] | None = None, *, evaluation: Any = None, audit: Any = None, config: Any = None
+) -> Known:
+    return Known(History(events or []), evaluation or {}, audit or {}, config or DPO)
+
+
+def span(value: float, low: float, high: float) -> dict[str, float]:
+    return {"value": value, "low": low, "high": high, "n": 100}
+
+
+def heldout(value: float, low: float, high: float) -> dict[str, Any]:
+    return {"heldout": {"accuracy": span(value, low, high)}}
+
+
+def fell(chosen: float, rejected: float, tokens: float = 100.0) -> list[dict[str, Any]]:
+    return steps(drift__chosen=chosen, drift__rejected=rejected, lengths__chosen=tokens)
+
+
+def sides(section: str, policy: Any, reference: Any) -> dict[str, Any]:
+    return {section: {"policy": policy, "reference": reference}}
+
+
+def kl(nats: float) -> dict[str, Any]:
+    return {"kl": {"per_response": {"value": nats, "standard_error": 1.0, "n": 10}}}
+
+
+def reward(value: float, low: float, high: float) -> dict[str, Any]:
+    return {"reward": {"name": "r", "difference": span(value, low, high)}}
+
+
+def wins(value: float, low: float, high: float) -> dict[str, Any]:
+    return {"win_rate": {"wins": 1, "losses": 1, "ties": 0, "rate": span(value, low, high)}}
+
+
+def counted(name: str, count: int) -> dict[str, Any]:
+    return {"rows": 1000, "groups": 1000, name: {"count": count, "examples": []}}
+
+
+def over(groups: int) -> dict[str, Any]:
+    return {"rows": 1000, "groups": 1000, "truncation": {"groups_over": groups, "on_overlong": "drop"}}
+
+
+def refusals(count: int) -> dict[str, Any]:
+    return {"rows": 1000, "refused": {"empty response": {"count": count, "examples": []}}}
+
+
+def norms(above: int) -> list[dict[str, Any]]:
+    return steps(above, grad_norm=1.5) + steps(20 - above, grad_norm=1.0)
+
+
+FIRES: list[tuple[str, Rule, str, Known]] = [
+    ("start", rules.start_differs, "warning", known(steps(1, loss=LN2 + 0.02))),
+    ("start ipo", rules.start_differs, "warning", known(steps(1, loss=LN2), config={"loss": {"name": "ipo", "beta": 0.1}})),
+    ("stuck in training", rules.loss_stuck, "warning", known(steps(loss=LN2))),
+    ("stuck held out", rules.loss_stuck, "warning", known(steps(loss=0.2) + evals({"eval/loss": LN2}, {"eval/loss": 0.7}))),
+    (
+        "overfit to chance",
+        rules.overfitted,
+        "warning",
+        known(steps(rewards__accuracies=0.9), evaluation=heldout(0.66, 0.5, 0.8)),
+    ),
+    ("overfit by gap", rules.overfitted, "warning", known(steps(rewards__accuracies=1.0), evaluation=heldout(0.74, 0.7, 0.8))),
+    ("learned", rules.heldout_evidence, "good", known(evaluation=heldout(0.6, 0.501, 0.7))),
+    ("not learned", rules.heldout_evidence, "warning", known(evaluation=heldout(0.6, 0.5, 0.7))),
+    ("swapped", rules.heldout_evidence, "warning", known(evaluation=heldout(0.4, 0.3, 0.499))),
+    ("both fell", rules.log_probs_fell, "note", known(fell(-1, -2))),
+    ("chosen fell far", rules.log_probs_fell, "warning", known(fell(-20.1, -50))),
+    ("better reward", rules.reward_change, "good", known(evaluation=reward(0.2, 0.001, 0.4))),
+    ("worse reward", rules.reward_change, "warning", known(evaluation=reward(-0.2, -0.4, -0.001))),
+    ("same reward", rules.reward_change, "note", known(evaluation=reward(0.2, 0.0, 0.4))),
+    ("wins", rules.win_rate, "good", known(evaluation=wins(0.6, 0.501, 0.7))),
+    ("loses", rules.win_rate, "warning", known(evaluation=wins(0.4, 0.3, 0.499))),
+    ("far", rules.kl_large, "warning", known(evaluation=kl(25.1))),
+    ("longer", rules.longer, "warning", known(evaluation=sides("length", span(126, 0, 0), span(100, 0, 0)))),
+    (
+        "same-ish",
+        rules.less_diverse,
+        "warning",
+        known(evaluation=sides("diversity", {"distinct_2": 0.34}, {"distinct_2": 0.5})),
+    ),
+    ("unfinished", rules.unfinished, "warning", known(evaluation=sides("finished", 0.84, 0.9))),
+    ("clipped", rules.clipped, "note", known(norms(11))),
+    ("length bias", rules.length_bias, "warning", known(audit={"length_bias": {"auc": 0.61}})),
+    ("short bias", rules.length_bias, "note", known(audit={"length_bias": {"auc": 0.39}})),
+    ("few duplicates", rules.duplicates, "note", known(audit=counted("duplicates", 10))),
+    ("many duplicates", rules.duplicates, "warning", known(audit=counted("duplicates", 11))),
+    ("few contradictions", rules.contradictions, "note", known(audit=counted("contradictions", 1))),
+    ("contradictions", rules.contradictions, "warning", known(audit=counted("contradictions", 11))),
+    ("leak", rules.leakage, "warning", known(audit={"leakage": {"against": "eval.jsonl", "prompts": 1, "groups": 0}})),
+    ("refused", rules.refused, "warning", known(audit=refusals(51))),
+    ("overlong", rules.overlong, "warning", known(audit=over(51))),
+]
+SILENT: list[tuple[str, Rule, Known]] = [
+    ("start exact", rules.start_differs, known(steps(1, loss=LN2))),
+    ("start ipo", rules.start_differs, known(steps(1, loss=25.0), config={"loss": {"name": "ipo", "beta": 0.1}})),
+    ("start resumed", rules.start_differs, known(steps(1, first=50, loss=0.3))),
+    ("start other reference", rules.start_differs, known(steps(1, loss=0.3), config={**DPO, "reference": {"model": "other"}})),
+    ("start unknown loss", rules.start_differs, known(steps(1, loss=0.3), config={"loss": {"name": "new"}})),
+    ("falling", rules.loss_stuck, known(steps(loss=0.69))),
+    ("one step", rules.loss_stuck, known(steps(1, loss=LN2))),
+    ("generalises", rules.overfitted, known(steps(rewards__accuracies=1.0), evaluation=heldout(0.75, 0.7, 0.8))),
+    ("modest", rules.overfitted, known(steps(rewards__accuracies=0.89), evaluation=heldout(0.5, 0.4, 0.6))),
+    ("chosen rose", rules.log_probs_fell, known(fell(3, -9))),
+    ("rejected fell less", rules.log_probs_fell, known(fell(-9, -3))),
+    ("level rate", rules.win_rate, known(evaluation=wins(0.6, 0.5, 0.7))),
+    ("near", rules.kl_large, known(evaluation=kl(25.0))),
+    ("a little longer", rules.longer, known(evaluation=sides("length", span(125, 0, 0), span(100, 0, 0)))),
+    ("varied", rules.less_diverse, known(evaluation=sides("diversity", {"distinct_2": 0.36}, {"distinct_2": 0.5}))),
+    ("finished", rules.unfinished, known(evaluation=sides("finished", 0.85, 0.9))),
+    ("half clipped", rules.clipped, known(norms(10))),
+    ("no bias", rules.length_bias, known(audit={"length_bias": {"auc": 0.6}})),
+    ("no leak", rules.leakage, known(audit={"leakage": {"against": "e", "prompts": 0, "groups": 0}})),
+    ("no duplicates", rules.duplicates, known(audit=counted("duplicates", 0))),
+    ("no contradictions", rules.contradictions, known(audit=counted("contradictions", 0))),
+    ("few refused", rules.refused, known(audit=refusals(50))),
+    ("few overlong", rules.overlong, known(audit=over(50))),
+]
+
+
+@pytest.mark.parametrize(("rule", "level", "given"), [case[1:] for case in FIRES], ids=[case[0] for case in FIRES])
+def test_a_rule_fires_past_its_threshold(rule: Rule, level: str, given: Known) -> None:
+    found = rule(given)
+    assert found is not None
+    assert found.level == level
+    assert found.text.endswith(".")
+    assert any(character.isdigit() for character in found.evidence)
+
+
+@pytest.mark.parametrize(("rule", "given"), [case[1:] for case in SILENT], ids=[case[0] for case in SILENT])
+def test_a_rule_is_silent_up_to_its_threshold(rule: Rule, given: Known) -> None:
+    assert rule(given) is None
+
+
+@pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.__name__)
+def test_a_rule_is_silent_where_nothing_is_known(rule: Rule) -> None:
+    assert rule(known()) is None
+    assert rule(Known(History([{"kind": "step", "step": 1, "loss": None}]))) is None
+
+
+def test_every_rule_has_a_case_that_fires() -> None:
+    assert {case[1] for case in FIRES} == set(rules.RULES)
+
+
+def test_long_responses_alone_are_not_over_optimised() -> None:
+    short, long = (
+        rules.log_probs_fell(known(fell(-21, -50, tokens=100))),
+        rules.log_probs_fell(known(fell(-21, -50, tokens=1000))),
+    )
+    assert short is not None
+    assert long is not None
+    assert (short.level, long.level) == ("warning", "note")
+
+
+def test_log_probs_on_the_same_heldout_rows_come_before_drift_in_training() -> None:
+    rows = evals(
+        {"eval/logps/chosen": -100.0, "eval/logps/rejected": -100.0},
+        {"eval/logps/chosen": -103.0, "eval/logps/rejected": -109.0},
+    )
+    found = rules.log_probs_fell(known(fell(-40, -50) + rows))
+    assert found is not None
+    assert "−3.00" in found.evidence
+
+
+def test_evaluation_comes_before_what_training_saw() -> None:
+    event = {"eval/rewards/accuracies": 0.5, "eval/rewards/accuracies_low": 0.4, "eval/rewards/accuracies_high": 0.6}
+    in_training = rules.heldout_evidence(known(evals(event)))
+    evaluated = rules.heldout_evidence(known(evals(event), evaluation=heldout(0.7, 0.6, 0.8)))
+    assert in_training is not None
+    assert evaluated is not None
+    assert (in_training.level, evaluated.level) == ("warning", "good")
+
+
+def test_findings_are_pure_and_put_warnings_first() -> None:
+    events, audit = steps(loss=0.8), counted("duplicates", 1)
+    evaluation = {**kl(99), **reward(0.2, 0.1, 0.3)}
+    before = copy.deepcopy((events, evaluation, audit, DPO))
+    found = findings(events, evaluation, audit, DPO)
+    assert (events, evaluation, audit, DPO) == before
+    assert found == findings(events, evaluation, audit, DPO)
+    levels = [finding.level for finding in found]
+    assert levels == sorted(levels, key=("warning", "good", "note").index)
+    assert set(levels) == {"warning", "good", "note"}
+
+
+def test_the_evaluation_before_the_first_step_says_nothing_about_training() -> None:
+    row = {
+        "kind": "eval",
+        "eval/rewards/accuracies": 0.5,
+        "eval/rewards/accuracies_low": 0.4,
+        "eval/rewards/accuracies_high": 0.6,
+    }
+    assert rules.heldout_evidence(known([{**row, "step": 0}])) is None
+    assert rules.heldout_evidence(known([{**row, "step": 1}])) is not None
+
+
+def test_nothing_known_means_nothing_said() -> None:
+    assert findings([], None, None, None) == []
