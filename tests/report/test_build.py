@@ -238,7 +238,9 @@ def test_changed_options_are_those_that_differ_from_the_defaults(kept_run: RunFo
 
 
 def test_long_samples_are_cut_and_say_so(full_run: RunFolder) -> None:
-    full_run.write_samples([{"prompt": "p", "policy": "x" * 104_000, "reference": None, "policy_reward": None}] * 20)
+    full_run.write_samples(
+        {"prompt": f"p{number}", "policy": "x" * 104_000, "reference": None, "policy_reward": None} for number in range(20)
+    )
     data = report_data(full_run)
     assert len(data["samples"]) == 12
     assert data["samples"][0]["policy"].endswith("(100,000 more characters)")
@@ -301,3 +303,10 @@ def test_reports_import_no_torch() -> None:
     code = "import sys, prefopt.report.build, prefopt.report.listing; sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", code], check=False, env=environment).returncode == 0
+
+
+def test_each_prompt_is_shown_once_with_its_first_sample(full_run: RunFolder) -> None:
+    full_run.write_samples({"prompt": f"p{number // 2}", "policy": f"answer {number}"} for number in range(6))
+    data = report_data(full_run)
+    assert [(row["prompt"], row["policy"]) for row in data["samples"]] == [("p0", "answer 0"), ("p1", "answer 2"), ("p2", "answer 4")]
+    assert data["samples_total"] == 3

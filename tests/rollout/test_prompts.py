@@ -98,6 +98,6 @@ def test_a_broken_line_and_an_empty_file_are_errors(tmp_path: Path) -> None:
 
 def test_the_example_prompts_are_distinct_short_and_disjoint() -> None:
     train, held_out = ([str(p.given) for p in read_prompts(EXAMPLES / f"prompts_{name}.jsonl")] for name in ("train", "eval"))
-    assert (len(train), len(held_out)) == (200, 64)
-    assert len({text.lower() for text in train + held_out}) == 264
+    assert (len(train), len(held_out)) == (160, 64)
+    assert len({text.lower() for text in train + held_out}) == 224
     assert all(6 <= len(text.split()) <= 16 for text in train + held_out)

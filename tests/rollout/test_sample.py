@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+import prefopt.rollout.sample as sample_module
 from prefopt.core.errors import ConfigError, DataError, ModelError
 from prefopt.model.engine import LanguageModel
 from prefopt.rollout.sample import read_samples, sample, samples_of, write_samples
@@ -169,3 +170,24 @@ def test_words_keep_their_spaces_behind_the_prompt_of_a_real_model() -> None:
     assert row.response.startswith(" time")
     whole = model.tokenizer.decode(np.concatenate([row.prompt_ids, row.response_ids]), skip_special_tokens=True)
     assert whole == "Once upon a" + row.response
+
+
+def test_prompts_computed_once_give_the_same_samples_as_prompts_computed_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = language_model()
+    prompts = ["a b c", "d", "e e a b"]
+    calls = []
+    shared_prefill = sample_module._shared_prefill
+
+    def counted(*arguments: Any) -> Any:
+        cache = shared_prefill(*arguments)
+        calls.append(cache)
+        return cache
+
+    monkeypatch.setattr(sample_module, "_shared_prefill", counted)
+    reused = sample(model, prompts, n=3, max_new_tokens=9, seed=4, template="plain")
+    assert calls
+    assert all(cache is not None for cache in calls)
+    monkeypatch.setattr(sample_module, "_shared_prefill", lambda *arguments: None)
+    plain = sample(model, prompts, n=3, max_new_tokens=9, seed=4, template="plain")
+    assert [row.response_ids.tolist() for row in reused] == [row.response_ids.tolist() for row in plain]
+    assert len({tuple(row.response_ids.tolist()) for row in reused}) > 3

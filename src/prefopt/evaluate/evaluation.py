@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -92,12 +93,32 @@ def log_ratios(
     policy: LanguageModel, reference: LanguageModel, samples: Sequence[SampleRow], *, micro_batch_tokens: int = 4096
 ) -> Floats:
     """log(policy / reference) in nats of each sample, summed over its tokens, the end-of-turn token included."""
-    groups = [_group(row) for row in samples]
-    sums = [
-        response_sums(model.score(groups, micro_batch_tokens=micro_batch_tokens, title=f"KL: {name}"))[:, 0]
-        for model, name in ((policy, "policy"), (reference, "reference"))
+    groups = sample_groups(samples)
+    policy_logps, reference_logps = (
+        [float(values.sum(dtype=np.float64)) for group in scores for values in group]
+        for scores in (
+            model.score(groups, micro_batch_tokens=micro_batch_tokens, title=f"KL: {name}")
+            for model, name in ((policy, "policy"), (reference, "reference"))
+        )
+    )
+    difference: Floats = np.array(policy_logps) - np.array(reference_logps)
+    return difference
+
+
+def sample_groups(samples: Sequence[SampleRow]) -> list[TokenGroup]:
+    """Token groups with every token scored; neighbours with the same prompt are one group, so that it is computed once."""
+    return [
+        TokenGroup(
+            prompt_ids=rows[0].prompt_ids,
+            response_ids=tuple(row.response_ids for row in rows),
+            scored=tuple(np.ones(len(row.response_ids), dtype=np.bool_) for row in rows),
+            feedback=Feedback("demonstration"),
+            source="sample",
+            finished=tuple(row.finished for row in rows),
+        )
+        for _, neighbours in groupby(samples, key=lambda row: row.prompt_ids.tobytes())
+        if (rows := list(neighbours))
     ]
-    return np.asarray(sums[0] - sums[1], dtype=np.float64)
 
 
 def kl_section(ratios: Sequence[float] | Floats, lengths: Sequence[int], clusters: Sequence[int]) -> dict[str, Any]:
@@ -161,17 +182,6 @@ def _samples(
         batch_size=settings.batch_size,
         template=settings.template,
         title=title,
-    )
-
-
-def _group(row: SampleRow) -> TokenGroup:
-    return TokenGroup(
-        prompt_ids=row.prompt_ids,
-        response_ids=(row.response_ids,),
-        scored=(np.ones(len(row.response_ids), dtype=np.bool_),),
-        feedback=Feedback("demonstration"),
-        source="sample",
-        finished=(row.finished,),
     )
 
 

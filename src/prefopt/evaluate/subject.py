@@ -46,10 +46,11 @@ class Subject:
             return None
         tokens = encode_groups(groups, model.tokenizer, template=data.get("template", "auto"))
         half = model.context_tokens // 2
-        tokens = fit_budget(
+        prompt_tokens = data.get("max_prompt_tokens") or min(1024, half)
+        tokens = fit_budget(  # the budgets of training, as in prefopt.pipeline.token_budget
             tokens,
-            max_prompt_tokens=data.get("max_prompt_tokens") or min(1024, half),
-            max_response_tokens=data.get("max_response_tokens") or min(1024, half),
+            max_prompt_tokens=prompt_tokens,
+            max_response_tokens=data.get("max_response_tokens") or min(1024, model.context_tokens - min(prompt_tokens, half)),
             on_overlong=data.get("on_overlong", "drop"),
         )
         return [group for group in tokens.groups if group.feedback.kind == "pair"]

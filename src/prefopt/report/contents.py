@@ -41,7 +41,8 @@ def report_data(run: RunFolder) -> Row:
     What the run does not have is None or empty. StorageError where a file of the run is not JSON.
     """
     events, config = run.events(), run.read("config.json") or {}
-    evaluation, audit, samples = run.read("evaluation.json"), run.read("audit.json"), run.samples()
+    evaluation, audit = run.read("evaluation.json"), run.read("audit.json")
+    firsts = list({str(row.get("prompt")): row for row in reversed(run.samples())}.values())[::-1]  # the first of each prompt
     history = History(events)
     claims = verdict(run.path, history, evaluation)
     name = part(config, "loss", "name")
@@ -55,8 +56,8 @@ def report_data(run: RunFolder) -> Row:
         "findings": [asdict(finding) for finding in findings(events, evaluation, audit, config)],
         "cards": _cards(history, evaluation),
         "reward_name": part(evaluation, "reward", "name") or "reward",
-        "samples": [_sample(row) for row in samples[:MOST_SAMPLES]],
-        "samples_total": len(samples),
+        "samples": [_sample(row) for row in firsts[:MOST_SAMPLES]],
+        "samples_total": len(firsts),
         "training": _training(history),
         "evaluation": evaluation,
         "audit": audit,

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig
 
 from prefopt.core.errors import ConfigError, DataError, ModelError
 from prefopt.core.files import whole_file
@@ -196,10 +197,34 @@ def _generate(model: LanguageModel, prompts: Sequence[Ids], settings: Generation
     for row, ids in enumerate(prompts):
         tokens[row, width - len(ids) :] = torch.from_numpy(ids.astype(np.int64))
         mask[row, width - len(ids) :] = 1
-    output = model.model.generate(
-        input_ids=tokens.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
-    )
+    tokens, mask = tokens.to(model.device), mask.to(model.device)
+    cache = _shared_prefill(model, prompts, tokens, mask)
+    known = {} if cache is None else {"past_key_values": cache}
+    output = model.model.generate(input_ids=tokens, attention_mask=mask, generation_config=settings, **known)
     return list(output[:, width:].cpu().numpy().astype(np.int32))
+
+
+def _shared_prefill(model: LanguageModel, prompts: Sequence[Ids], tokens: Tensor, mask: Tensor) -> Any | None:
+    """Keys and values of all prompt tokens but the last, each distinct prompt computed once for all of its rows.
+
+    None where that saves nothing or the model keeps another kind of state.
+    """
+    numbers: dict[bytes, int] = {}
+    row_to_distinct = [numbers.setdefault(ids.tobytes(), len(numbers)) for ids in prompts]
+    if len(numbers) == len(prompts) or tokens.shape[1] < 2 or not model.sharing:
+        return None
+    first_rows = [row_to_distinct.index(number) for number in range(len(numbers))]
+    seen = mask[first_rows, :-1]
+    cache = DynamicCache(config=model.model.config)
+    model.model.base_model(
+        input_ids=tokens[first_rows, :-1],
+        attention_mask=seen,
+        position_ids=(seen.cumsum(dim=1) - 1).clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    cache.batch_select_indices(torch.tensor(row_to_distinct, device=tokens.device))
+    return cache
 
 
 def _until_end(tokens: Ids, ends: tuple[int, ...]) -> Ids:
