@@ -34,8 +34,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="pairs of one step")
     parser.add_argument("--lr", type=float, default=1e-6)
     parser.add_argument("--beta", type=float, default=0.1)
+    parser.add_argument("--trl-batch", type=int, default=4, help="pairs of one forward pass of TRL; the rest is accumulated")
     parser.add_argument(
-        "--max-tokens", type=int, default=1024, help="rows whose prompt and longer response exceed this are left out"
+        "--max-tokens", type=int, default=512, help="rows whose prompt and longer response exceed this are left out"
     )
     parser.add_argument("--micro-batch-tokens", type=int, default=2048, help="prefopt's budget")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
@@ -148,7 +149,8 @@ def run_trl(args: argparse.Namespace, rows: list[dict[str, Any]], *, precomputed
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(
             output_dir=folder,
-            per_device_train_batch_size=args.batch,
+            per_device_train_batch_size=args.trl_batch,
+            gradient_accumulation_steps=args.batch // args.trl_batch,
             max_steps=args.steps,
             learning_rate=args.lr,
             lr_scheduler_type="constant",
@@ -203,6 +205,9 @@ def run_side(args: argparse.Namespace, side: str, rows: Path) -> dict[str, Any]:
         if line.startswith("RESULT "):
             found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
             return found
+    if done.returncode == -9:
+        print(f"{side} was killed for memory; try a smaller --trl-batch")
+        return {}
     raise SystemExit(f"{side} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
 
 
@@ -216,7 +221,7 @@ def main() -> None:
         path = Path(folder) / "rows.json"
         path.write_text(json.dumps(rows))
         sides = ["prefopt", *(f"trl-{setting}" for setting in args.trl)]
-        results = {side: run_side(args, side, path) for side in sides}
+        results = {side: found for side in sides if (found := run_side(args, side, path))}
     ours = results["prefopt"]
     mean_tokens = sum(row["tokens"] for row in rows) / len(rows)
     print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,8 +35,6 @@ def one_thread() -> None:
 @pytest.fixture
 def shared() -> Path:
     """Folder of real rows and models that the project does not ship; skips where there is none."""
-    import os
-
     folder = Path(os.environ.get("PREFOPT_SHARED") or Path(__file__).resolve().parents[2] / "shared")
     if not folder.is_dir():
         pytest.skip("no folder with shared data (set PREFOPT_SHARED)")

@@ -5,29 +5,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import shlex
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefopt.core.config import RunConfig
-from prefopt.core.errors import ConfigError, DataError, PrefoptError, StorageError
+from prefopt.core.errors import DataError, Interrupted, PrefoptError, StorageError
 from prefopt.core.facts import loss_facts
 from prefopt.core.files import check_writable
 from prefopt.core.progress import progress, say
 from prefopt.core.run_folder import RunFolder, environment
 from prefopt.data.audit import audit
-from prefopt.data.encode import TokenSet, encode_groups, fit_budget
+from prefopt.data.encode import TokenSet, fit_budget, token_budget
 from prefopt.data.groups import GroupSet
-from prefopt.data.pack import draw_held_out
-from prefopt.data.shapes import load_groups
+from prefopt.data.splits import load_splits
 from prefopt.data.token_cache import cached_encoding
 from prefopt.model.engine import LanguageModel
-from prefopt.model.load import load_model
+from prefopt.model.load import load_model, load_tokenizer, model_facts
 from prefopt.model.reference import LiveReference, Reference, ReferenceCache, fill_cache
 from prefopt.objective.apply import Objective
 from prefopt.train.checkpoint import load_checkpoint
@@ -51,65 +51,18 @@ def prepare_rows(
 ) -> Prepared:
     """Read, refuse, tokenise, fit and audit. `train_rows` and `eval_rows` stand in for data.train and data.eval."""
     data = config.data
-    source = train_rows if train_rows is not None else data.train
-    if source is None:
-        raise ConfigError("data.train: there are no rows to train on", todo="Set data.train=FILE or a Hub dataset id.")
-    groups = load_groups(source, shape=data.shape, split=data.split, max_rows=data.max_rows)
-    held_source = eval_rows if eval_rows is not None else data.eval
-    held = load_groups(held_source, shape=data.shape, split=data.eval_split) if held_source is not None else None
-    if held is None and data.eval_rows:
-        groups, held = _draw(groups, data.eval_rows, data.seed)
+    groups, held = load_splits(data, train_rows=train_rows, eval_rows=eval_rows)
     for note in (*groups.notes, *(held.notes if held is not None else ())):
         say(note)
-    budget = token_budget(config, context_tokens)
+    budget = token_budget(data, context_tokens)
     full = cached_encoding(groups, tokenizer, template=data.template)
-    train = _usable(
-        fit_budget(full, max_prompt_tokens=budget[0], max_response_tokens=budget[1], on_overlong=data.on_overlong),
-        groups,
-        config,
-    )
+    train = _usable(fit_budget(full, budget, on_overlong=data.on_overlong), groups, config)
     held_out = TokenSet(())
     if held is not None:
         held_full = cached_encoding(held, tokenizer, template=data.template)
-        held_out = _usable(
-            fit_budget(held_full, max_prompt_tokens=budget[0], max_response_tokens=budget[1], on_overlong=data.on_overlong),
-            held,
-            config,
-        )
+        held_out = _usable(fit_budget(held_full, budget, on_overlong=data.on_overlong), held, config)
     found = audit(groups, full, budget=budget, on_overlong=data.on_overlong, against=held)
     return Prepared(groups, train, held_out, found)
-
-
-def _draw(groups: GroupSet, wanted: int, seed: int) -> tuple[GroupSet, GroupSet]:
-    count = len(groups.groups)
-    if wanted >= count:
-        raise DataError(
-            f"data.eval_rows={wanted} would leave no rows to train on: {groups.name} has {count} usable rows",
-            todo="Ask for fewer, or give data.eval.",
-        )
-    kept, drawn = draw_held_out(count, held_out=wanted, seed=seed)
-    held = replace(
-        groups,
-        groups=tuple(groups.groups[row] for row in drawn),
-        bad=(),
-        rows=wanted,
-        name=f"{groups.name} (held out)",
-        notes=(),
-    )
-    return replace(groups, groups=tuple(groups.groups[row] for row in kept)), held
-
-
-def token_budget(config: RunConfig, context_tokens: int) -> tuple[int, int]:
-    """(prompt, response) budgets in tokens; ConfigError where together they exceed the model's context."""
-    half = context_tokens // 2
-    prompt = config.data.max_prompt_tokens or min(1024, half)
-    response = config.data.max_response_tokens or min(1024, context_tokens - min(prompt, half))
-    if prompt + response > context_tokens:
-        raise ConfigError(
-            f"data.max_prompt_tokens={prompt} and data.max_response_tokens={response} exceed the model's context of {context_tokens} tokens",
-            todo=f"Lower them so that their sum is at most {context_tokens}.",
-        )
-    return prompt, response
 
 
 def _usable(tokens: TokenSet, groups: GroupSet, config: RunConfig) -> TokenSet:
@@ -153,19 +106,21 @@ def train_run(
     """
     run = RunFolder(Path(config.train.output_dir))
     _claim(run, resume=resume)
-    policy = model or load_model(
-        config.model.name,
-        precision=config.train.precision,
-        revision=config.model.revision,
-        trust_remote_code=config.model.trust_remote_code,
-        for_training=True,
-    )
-    rows = prepare_rows(config, policy.tokenizer, policy.context_tokens, train_rows=train_rows, eval_rows=eval_rows)
+    source: dict[str, Any] = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
+    try:  # rows before weights: what is wrong with them is said in seconds
+        tokenizer = model.tokenizer if model else load_tokenizer(config.model.name, **source)
+        context_tokens = model.context_tokens if model else model_facts(config.model.name, **source).context_tokens
+        rows = prepare_rows(config, tokenizer, context_tokens, train_rows=train_rows, eval_rows=eval_rows)
+        policy = model or load_model(config.model.name, precision=config.train.precision, for_training=True, **source)
+    except PrefoptError:
+        with contextlib.suppress(OSError):  # a folder that holds something stays
+            run.path.rmdir()
+        raise
     if not resume:
         run.write("audit.json", rows.audit)
         run.write("env.json", {**environment(), "device": str(policy.device), "precision": policy.numerics})
         run.write("config.json", config.resolved())
-    _ = policy.sharing  # decided on the weights as loaded, before they are cast
+    policy.confirm_sharing(rows.train.groups[:2])  # on the weights as loaded, before they are cast
     training = start_training(config, policy, rows, reference_model=reference_model)
     if resume:
         load_checkpoint(training, run.complete_checkpoints()[-1])
@@ -248,6 +203,8 @@ def _watch(config: RunConfig, run: RunFolder, training: Training, rows: Prepared
     stopper = StopOnSignal(saver, log, f"prefopt train {shlex.quote(str(run.path / 'config.json'))} --resume")
     if resume:
         log.write("resume", step=training.step, path=run.complete_checkpoints()[-1].name)
+        if held_out is not None:
+            held_out.remember(run.events())
     else:
         log.write("start", step=0, **_start_facts(training))
     started = time.monotonic()
@@ -256,9 +213,10 @@ def _watch(config: RunConfig, run: RunFolder, training: Training, rows: Prepared
         observers: list[Observer] = [LogSteps(log, sinks, bar), *([held_out] if held_out else []), saver, stopper]
         try:
             training.run(observers)
+        except Interrupted:
+            raise
         except PrefoptError as error:
-            if training.step < training.total_steps and not stopper.asked:
-                log.write("error", step=training.step, message=str(error))
+            log.write("error", step=training.step, message=str(error))
             raise
     log.write("end", step=training.step, seconds=round(time.monotonic() - started, 3))
 
@@ -291,6 +249,3 @@ def memory_estimate(
         "activations": 34 * hidden * layers * micro_batch_tokens * dtype_bytes,
         "head, one chunk": 3 * 4 * 2**25 + 4 * hidden * vocabulary,
     }
-
-
-__all__ = ["Prepared", "encode_groups", "memory_estimate", "prepare_rows", "start_training", "token_budget", "train_run"]

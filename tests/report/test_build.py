@@ -308,5 +308,9 @@ def test_reports_import_no_torch() -> None:
 def test_each_prompt_is_shown_once_with_its_first_sample(full_run: RunFolder) -> None:
     full_run.write_samples({"prompt": f"p{number // 2}", "policy": f"answer {number}"} for number in range(6))
     data = report_data(full_run)
-    assert [(row["prompt"], row["policy"]) for row in data["samples"]] == [("p0", "answer 0"), ("p1", "answer 2"), ("p2", "answer 4")]
+    assert [(row["prompt"], row["policy"]) for row in data["samples"]] == [
+        ("p0", "answer 0"),
+        ("p1", "answer 2"),
+        ("p2", "answer 4"),
+    ]
     assert data["samples_total"] == 3

@@ -146,7 +146,7 @@ def test_activation_checkpointing_gives_the_same_weights(tmp_path: Path) -> None
 
 def test_a_cached_reference_trains_like_a_live_one(tmp_path: Path) -> None:
     cached = tiny_training(tiny_config(tmp_path))
-    live = tiny_training(tiny_config(tmp_path, reference={"kind": "live"}))
+    live = tiny_training(tiny_config(tmp_path, reference={"kind": "live", "cache_dir": None}))
     ours, theirs = run(cached), run(live)
     assert [step.pairs.loss.mean() for step in ours] == pytest.approx([step.pairs.loss.mean() for step in theirs], abs=1e-5)
     assert_close(weights_of(cached), weights_of(live), 1e-4)

@@ -67,9 +67,10 @@ def main() -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("error: stopped at once; nothing was saved after the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # typer makes this of Ctrl-C, without a word
+            print("error: stopped at once; nothing was saved after the last checkpoint", file=sys.stderr)
+        raise
     except Exception as error:
         if _debug:
             raise

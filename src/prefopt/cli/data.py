@@ -27,20 +27,21 @@ def check(
     """Audit rows before anything is trained: defects by reason, lengths, length bias, leakage, truncation."""
     from prefopt.core.progress import set_quiet
 
-    set_quiet(as_json)
+    if as_json:
+        set_quiet(True)
     from prefopt.core.resolve import resolve_config
     from prefopt.data.audit import audit, audit_lines
+    from prefopt.data.encode import token_budget
     from prefopt.data.shapes import load_groups
     from prefopt.data.token_cache import cached_encoding
     from prefopt.model.load import load_tokenizer, model_facts
-    from prefopt.pipeline import token_budget
 
     given = {"max_prompt_tokens": max_prompt_tokens, "max_response_tokens": max_response_tokens, "on_overlong": on_overlong}
     config = resolve_config({"data": {"shape": shape, "template": template, **given}})
     groups = load_groups(rows, shape=shape)
     other = load_groups(against, shape=shape) if against else None
     tokens = cached_encoding(groups, load_tokenizer(model), template=template)
-    budget = token_budget(config, model_facts(model).context_tokens)
+    budget = token_budget(config.data, model_facts(model).context_tokens)
     found = audit(groups, tokens, budget=budget, on_overlong=on_overlong, against=other)
     typer.echo(json.dumps(found, indent=2, ensure_ascii=False) if as_json else "\n".join([*groups.notes, *audit_lines(found)]))
 
@@ -66,7 +67,8 @@ def sample(
     from prefopt.rollout.sample import sample as draw
     from prefopt.rollout.sample import samples_of, write_samples
 
-    set_quiet(as_json)
+    if as_json:
+        set_quiet(True)
     asked = read_prompts(prompts)
     check_writable(output.parent)
     rows = draw(
@@ -112,7 +114,8 @@ def label(
     from prefopt.rollout.rewards import load_reward
     from prefopt.rollout.sample import read_samples
 
-    set_quiet(as_json)
+    if as_json:
+        set_quiet(True)
     rows = read_samples(samples)
     result = make_pairs(rows, score_samples(rows, load_reward(reward)), how=how, scale=scale, seed=seed, min_margin=min_margin)  # type: ignore[arg-type]
     if not result.rows:

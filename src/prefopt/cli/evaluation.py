@@ -39,7 +39,8 @@ def evaluate(
     from prefopt.rollout.prompts import read_prompts
     from prefopt.rollout.rewards import load_reward
 
-    set_quiet(as_json)
+    if as_json:
+        set_quiet(True)
     subject = subject_of(policy, reference=reference, beta=beta, output=output)
     asked = read_prompts(prompts) if prompts else None
     judge = load_reward(reward) if reward else None
@@ -85,7 +86,8 @@ def score(
     from prefopt.evaluate.subject import scored_rows, subject_of
     from prefopt.model.load import load_model
 
-    set_quiet(as_json)
+    if as_json:
+        set_quiet(True)
     subject = subject_of(policy, reference=reference, beta=beta, output=None)
     check_writable(output.parent)
     groups = load_groups(rows, shape=shape)
@@ -120,7 +122,8 @@ def selfcheck(
     from prefopt.model.load import load_model
     from prefopt.model.selfcheck import selfcheck as prove
 
-    set_quiet(as_json)
+    if as_json:
+        set_quiet(True)
     groups = load_groups(rows if rows is not None else _BUILT_IN_ROWS)
     loaded = load_model(model, precision=precision)
     encoded = [group for group in encode_groups(groups, loaded.tokenizer, template=template).groups if _fits(group, loaded)][:n]

@@ -28,7 +28,8 @@ def train(
     from prefopt.core.progress import say, set_quiet
     from prefopt.core.resolve import option_table, read_recipe, resolve_config
 
-    set_quiet(as_json)
+    if as_json:
+        set_quiet(True)
     if options:
         table = option_table()
         typer.echo(

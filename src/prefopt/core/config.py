@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -29,6 +29,9 @@ class Section(BaseModel):
     """A frozen part of the configuration."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelConfig(Section):
@@ -117,7 +120,7 @@ class TrainConfig(Section):
     )
     warmup_fraction: float = Field(0.1, ge=0, le=1, description="Share of the steps in which lr rises linearly.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
-    adam_betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's betas.")
+    adam_betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's betas.")
     adam_eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this global norm.")
     precision: Literal["auto", "bf16", "fp32"] = Field(
@@ -164,6 +167,11 @@ class RunConfig(Section):
             raise ConfigError(
                 "train.eval_every_steps is set and there are no held-out rows",
                 todo="Set data.eval=FILE or data.eval_rows=200, or remove train.eval_every_steps.",
+            )
+        if self.reference.kind == "live" and self.reference.cache_dir is not None:
+            raise ConfigError(
+                "reference.cache_dir is set and reference.kind is live: a live reference has no cache",
+                todo="Remove reference.cache_dir, or use reference.kind=cached.",
             )
         facts = loss_facts(self.loss.name)
         if self.reference.model is not None and not facts.needs_reference:

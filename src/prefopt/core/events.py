@@ -26,12 +26,29 @@ class EventLog:
         """Append one event and return it. Non-finite numbers are written as null."""
         event: Event = {"kind": kind, "step": step, "time": round(time.time(), 3), **_finite(fields)}
         with storage_errors(self.path.parent), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(event, ensure_ascii=False) + "\n")
+            file.write(("" if _ends_a_line(self.path) else "\n") + json.dumps(event, ensure_ascii=False) + "\n")
         return event
 
 
+def _ends_a_line(path: Path) -> bool:
+    """False behind a line that a kill cut short: what is appended there would be lost with it."""
+    with open(path, "rb") as file:
+        if not file.seek(0, 2):
+            return True
+        file.seek(-1, 2)
+        return file.read(1) == b"\n"
+
+
 def _finite(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in fields.items()}
+    return {key: _finite_value(value) for key, value in fields.items()}
+
+
+def _finite_value(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return _finite(value)
+    return [_finite_value(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def read_events(path: Path) -> list[Event]:

@@ -5,6 +5,7 @@ The formulas themselves are in `prefopt.objective`; a test compares both sides. 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -120,7 +121,7 @@ def _checked(name: str, key: str, knob: Knob, value: float | str) -> float | str
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"loss.{key}: {value!r} is not a number", todo=f"For example loss.{key}={knob.default}.")
     below = value <= knob.low if knob.low_open else value < knob.low
-    if below or value > knob.high or value != value:
+    if below or value > knob.high or not math.isfinite(value):
         bracket = "(" if knob.low_open else "["
         raise ConfigError(
             f"loss.{key}: {value} is outside {bracket}{knob.low}, {knob.high}]",

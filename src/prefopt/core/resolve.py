@@ -25,7 +25,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not YAML ({error})", todo="Mend the line that the message names.") from error
+        raise ConfigError(
+            f"{path}: is not YAML ({' '.join(str(error).split())})", todo="Mend the line that the message names."
+        ) from error
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: a recipe is a mapping, found {type(value).__name__}", todo="Start from a file in recipes/.")
     return value

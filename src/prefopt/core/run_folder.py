@@ -75,7 +75,7 @@ class RunFolder:
         if not path.exists():
             return []
         try:
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         except json.JSONDecodeError as error:
             raise StorageError(
                 f"{path}: is not JSON lines ({error})", todo="Remove it and run `prefopt evaluate` again."
@@ -101,10 +101,10 @@ def open_run(path: Path) -> RunFolder:
 
 def checkpoint_is_complete(folder: Path) -> bool:
     """Whether every file that the manifest of `folder` lists is there with its size. The manifest is written last."""
-    manifest = folder / MANIFEST
-    if not manifest.exists():
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
         return False
-    files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
     return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in files.items())
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prefopt.core.errors import DataError, ModelError
+from prefopt.core.config import DataConfig
+from prefopt.core.errors import ConfigError, DataError, ModelError
 from prefopt.data.groups import BadRow, Feedback, Group, GroupSet, Turn
 from prefopt.data.render import Piece, Renderer, UnusableTemplate, make_renderer
 
@@ -181,17 +182,31 @@ def end_of_turn_ids(tokenizer: Any, *, template: str = "auto") -> tuple[int, ...
     """Tokens at which generation stops: the end of turn of the template in use, and the end-of-sequence token."""
     if tokenizer.eos_token_id is None:
         raise ModelError("The tokenizer has no end-of-sequence token", todo="Set tokenizer.eos_token and save the tokenizer.")
-    ids = [int(tokenizer.eos_token_id)]
-    ids.insert(0, make_renderer(tokenizer, template=template, form="text").end_of_turn)
+    ids = (make_renderer(tokenizer, template=template, form="text").end_of_turn, int(tokenizer.eos_token_id))
     return tuple(dict.fromkeys(ids))
 
 
-def fit_budget(tokens: TokenSet, *, max_prompt_tokens: int, max_response_tokens: int, on_overlong: str) -> TokenSet:
-    """Apply the token budgets: `drop` refuses a row over a budget, `truncate` cuts it, `error` raises DataError.
+def token_budget(data: DataConfig, context_tokens: int) -> tuple[int, int]:
+    """(prompt, response) budgets in tokens; ConfigError where together they exceed the model's context."""
+    half = context_tokens // 2
+    prompt = data.max_prompt_tokens or min(1024, half)
+    response = data.max_response_tokens or min(1024, context_tokens - min(prompt, half))
+    if prompt + response > context_tokens:
+        raise ConfigError(
+            f"data.max_prompt_tokens={prompt} and data.max_response_tokens={response} exceed the model's context of"
+            f" {context_tokens} tokens",
+            todo=f"Lower them so that their sum is at most {context_tokens}.",
+        )
+    return prompt, response
+
+
+def fit_budget(tokens: TokenSet, budget: tuple[int, int], *, on_overlong: str) -> TokenSet:
+    """Apply the (prompt, response) `budget` in tokens: `drop` refuses a row over a budget, `truncate` cuts it, `error` raises DataError.
 
     A cut prompt keeps its end, a cut response its start (and then has no end-of-turn token, because it did not end).
     A pair whose responses become identical, and a response left without scored tokens, are refused.
     """
+    max_prompt_tokens, max_response_tokens = budget
     kept: list[TokenGroup] = []
     bad = list(tokens.bad)
     truncated: list[str] = []

@@ -105,6 +105,7 @@ class ChatRenderer:
         return Piece(self.special.split(text), self.end_of_turn, continues=False)
 
     def response(self, prompt: Sequence[Turn], turns: Sequence[Turn], tools: str) -> list[Piece]:
+        _check_end(turns, self.end_of_turn)
         whole = self._render((*prompt, *turns), tools)
         pieces: list[Piece] = []
         position = len(self._prefix(prompt, tools, whole, generate=True))
@@ -117,10 +118,6 @@ class ChatRenderer:
                 pieces.append(Piece(self.special.split(whole[position:start]), self.end_of_turn))
             pieces.append(Piece(self.special.split(whole[start:end]), self.end_of_turn, scored=True))
             position = end
-        if not pieces or turns[-1].role != "assistant":
-            raise UnusableTemplate(
-                "no assistant turn", turns[-1].role if turns else "nothing", "a response that ends with the assistant"
-            )
         return pieces
 
     def _prefix(self, turns: Sequence[Turn], tools: str, whole: str, *, generate: bool = False) -> str:
@@ -186,10 +183,7 @@ class PlainRenderer:
         return Piece(self.special.split(text), self.end_of_turn, continues=False, wants_prefix=True)
 
     def response(self, prompt: Sequence[Turn], turns: Sequence[Turn], tools: str) -> list[Piece]:
-        if not turns or turns[-1].role != "assistant":
-            raise UnusableTemplate(
-                "no assistant turn", turns[-1].role if turns else "nothing", "a response that ends with the assistant"
-            )
+        _check_end(turns, self.end_of_turn)
         pieces = []
         for number, turn in enumerate(turns):
             text = self._written(turn)
@@ -209,10 +203,24 @@ class PlainRenderer:
         return f"\n\n{name}: {content}"
 
 
+NO_TOKEN = -1  # no token of the tokenizer ends a turn
+
+
 def _end_of_sequence(tokenizer: Any) -> int:
-    if tokenizer.eos_token_id is None:
-        raise ModelError("The tokenizer has no end-of-sequence token", todo="Set tokenizer.eos_token and save the tokenizer.")
-    return int(tokenizer.eos_token_id)
+    return NO_TOKEN if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
+
+
+def _check_end(turns: Sequence[Turn], end_of_turn: int) -> None:
+    """Refuse a response that is not the assistant's, or that no token could end."""
+    if not turns or turns[-1].role != "assistant":
+        found = turns[-1].role if turns else "nothing"
+        raise UnusableTemplate("no assistant turn", found, "a response that ends with the assistant")
+    if end_of_turn == NO_TOKEN:
+        raise UnusableTemplate(
+            "no end-of-turn",
+            "no token that ends a turn",
+            "a template that writes one, or a tokenizer with an end-of-sequence token",
+        )
 
 
 def make_renderer(tokenizer: Any, *, template: str, form: str) -> Renderer:

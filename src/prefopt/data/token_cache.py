@@ -19,14 +19,17 @@ ENCODING_VERSION = 1
 
 
 def cached_encoding(groups: GroupSet, tokenizer: Any, *, template: str = "auto", root: Path | None = None) -> TokenSet:
-    """`encode_groups`, read from the cache where it holds this content. A damaged entry is made again."""
-    if not groups.groups:
+    """`encode_groups`, read from the cache where it holds this content. A damaged entry is made again.
+
+    Groups are found again by their `source`: where two have the same, nothing is cached.
+    """
+    if not groups.groups or len({group.source for group in groups.groups}) < len(groups.groups):
         return encode_groups(groups, tokenizer, template=template)
     path = (root or cache_root() / "tokens") / f"{encoding_key(groups, tokenizer, template)}.npz"
     if path.exists():
         try:
             return _read(path, groups)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
             path.unlink(missing_ok=True)
     tokens = encode_groups(groups, tokenizer, template=template)
     _write(path, groups, tokens)
@@ -70,7 +73,7 @@ def _write(path: Path, groups: GroupSet, tokens: TokenSet) -> None:
 
 
 def _read(path: Path, groups: GroupSet) -> TokenSet:
-    with np.load(path) as stored:
+    with open(path, "rb") as file, np.load(file) as stored:
         ids, lengths, scored, responses = (stored[name] for name in ("ids", "lengths", "scored", "responses"))
         notes = json.loads(stored["notes"].tobytes())
     if len(ids) != lengths.sum() or len(lengths) != len(responses) + responses.sum():

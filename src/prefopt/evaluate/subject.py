@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefopt.core.config import IN_MEMORY
+from prefopt.core.config import DataConfig, RunConfig
 from prefopt.core.errors import ConfigError
 from prefopt.core.resolve import resolve_config
 from prefopt.core.run_folder import RunFolder
-from prefopt.data.encode import TokenGroup, encode_groups, fit_budget
-from prefopt.data.pack import draw_held_out
+from prefopt.data.encode import TokenGroup, encode_groups, fit_budget, token_budget
 from prefopt.data.shapes import load_groups
+from prefopt.data.splits import load_held_out
 from prefopt.evaluate.implicit import ImplicitReward
 from prefopt.model.engine import LanguageModel
 from prefopt.model.reference import Logps
@@ -27,32 +27,16 @@ class Subject:
     reference: str
     beta: float
     folder: RunFolder | None
-    config: dict[str, Any] | None
+    config: RunConfig | None
 
     def held_out_pairs(self, model: LanguageModel, source: str | None) -> list[TokenGroup] | None:
         """Pairs of the file `source`, else the run's own held-out rows, else None."""
-        data = (self.config or {}).get("data", {})
-        if source is not None:
-            groups = load_groups(source)
-        elif IN_MEMORY in (data.get("train"), data.get("eval")):
+        data = self.config.data if self.config is not None else DataConfig()
+        groups = load_groups(source) if source is not None else load_held_out(data)
+        if groups is None:
             return None
-        elif data.get("eval"):
-            groups = load_groups(data["eval"], shape=data["shape"], split=data["eval_split"])
-        elif data.get("eval_rows") and data.get("train"):
-            groups = load_groups(data["train"], shape=data["shape"], split=data["split"], max_rows=data["max_rows"])
-            _, held = draw_held_out(len(groups.groups), held_out=data["eval_rows"], seed=data["seed"])
-            groups = type(groups)(tuple(groups.groups[row] for row in held), name=groups.name)
-        else:
-            return None
-        tokens = encode_groups(groups, model.tokenizer, template=data.get("template", "auto"))
-        half = model.context_tokens // 2
-        prompt_tokens = data.get("max_prompt_tokens") or min(1024, half)
-        tokens = fit_budget(  # the budgets of training, as in prefopt.pipeline.token_budget
-            tokens,
-            max_prompt_tokens=prompt_tokens,
-            max_response_tokens=data.get("max_response_tokens") or min(1024, model.context_tokens - min(prompt_tokens, half)),
-            on_overlong=data.get("on_overlong", "drop"),
-        )
+        tokens = encode_groups(groups, model.tokenizer, template=data.template)
+        tokens = fit_budget(tokens, token_budget(data, model.context_tokens), on_overlong=data.on_overlong)
         return [group for group in tokens.groups if group.feedback.kind == "pair"]
 
 
@@ -64,7 +48,7 @@ def subject_of(name: str, *, reference: str | None, beta: float | None, output: 
         resolved = resolve_config(config, source=str(folder.path / "config.json"))
         own = resolved.reference.model or resolved.model.name
         used = beta if beta is not None else float(resolved.loss.knobs.get("beta", 0.1))
-        return Subject(name, reference or own, used, RunFolder(output) if output else folder, config)
+        return Subject(name, reference or own, used, RunFolder(output) if output else folder, resolved)
     if reference is None:
         raise ConfigError(
             f'"{name}" is not a run folder, so its reference is not known',

@@ -66,6 +66,7 @@ class LanguageModel:
     @cached_property
     def sharing(self) -> bool:
         """True where the packed, shared forward agrees with the plain one on a probe; says so in one line where not."""
+        self._check_head()
         worst = self.sharing_deviation()
         if worst is None:
             say(f"{self.name}: its attention cannot follow a packed layout; prompts are computed once per response instead")
@@ -76,6 +77,33 @@ class LanguageModel:
             )
             return False
         return True
+
+    def confirm_sharing(self, groups: Sequence[TokenGroup]) -> None:
+        """Compare both ways on real rows as well, which reach windows and lengths that the probe does not."""
+        if not self.sharing:
+            return
+        worst = self.sharing_deviation(groups)
+        if worst is None or not worst <= TOLERANCE[self.dtype]:
+            say(
+                f"{self.name}: packed and plain forward differ by {worst} nats on these rows; prompts are computed once per response"
+            )
+            self.__dict__["sharing"] = False
+
+    def _check_head(self) -> None:
+        """ModelError where log-probs from hidden states and head are not those of transformers' own logits."""
+        probe = _probe(int(self.model.config.get_text_config().vocab_size), self.context_tokens)
+        batch = padded_batch([probe], self.device)
+        with torch.no_grad():
+            ours = self.token_logps(batch)
+            logits = self.model(input_ids=batch.token_ids, use_cache=False).logits.float()
+        plain = torch.log_softmax(logits.flatten(0, 1)[batch.predictor_N], dim=-1).gather(1, batch.target_N[:, None])[:, 0]
+        worst = float((ours - plain).abs().max())
+        if not worst <= TOLERANCE[self.dtype]:
+            raise ModelError(
+                f"{self.name}: log-probs from its vocabulary head differ from transformers' logits by {worst:.2g} nats;"
+                " this architecture scales its logits in a way that is not known here",
+                todo="Report the model's architecture; training on it would be wrong.",
+            )
 
     def sharing_deviation(self, groups: Sequence[TokenGroup] | None = None) -> float | None:
         """Largest difference of a token's log-prob (nats) between packed and padded rows; None where packing is ignored."""
@@ -88,6 +116,12 @@ class LanguageModel:
                 return None
             plain = self.token_logps(padded_batch(groups, self.device))
         return float((packed - plain).abs().max())
+
+    def computed_tokens(self, group: TokenGroup) -> int:
+        """Tokens that a group costs in a forward pass: unique ones where prompts are shared, else padded rows."""
+        if self.sharing:
+            return group.unique_tokens
+        return len(group.response_ids) * (len(group.prompt_ids) + max(len(ids) for ids in group.response_ids))
 
     def batch(self, groups: Sequence[TokenGroup]) -> Batch:
         """The tensors of one micro-batch, packed where that is valid for this model."""
@@ -113,7 +147,7 @@ class LanguageModel:
         if not groups:
             return []
         results: list[tuple[NDArray[np.float32], ...]] = [()] * len(groups)
-        lengths = [group.unique_tokens for group in groups]
+        lengths = [self.computed_tokens(group) for group in groups]
         was_training = self.model.training
         self.model.eval()
         with progress(title or "scoring", sum(lengths), "tokens") as bar:

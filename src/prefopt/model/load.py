@@ -12,6 +12,7 @@ import transformers
 
 from prefopt.core.errors import ModelError, PrefoptError
 from prefopt.core.progress import say
+from prefopt.model.allocator import keep_freed_memory
 from prefopt.model.demo_model import DEMO_MODELS, demo_model
 from prefopt.model.engine import LanguageModel, cast_parameters, weights_identity
 from prefopt.model.gguf import converted_gguf
@@ -37,13 +38,25 @@ def load_model(
     _quiet_transformers()
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source, revision=revision, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=revision,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
     except PrefoptError:
         raise
     except Exception as error:  # transformers raises many kinds for one cause: this is no model
         raise _unloadable(name, error) from error
+    model, found = loaded
+    missing = sorted(found["missing_keys"])
+    if missing:  # transformers would train what it filled with random numbers
+        raise ModelError(
+            f'model.name: "{name}" has no weights for {", ".join(missing[:3])} ({len(missing)} in all)',
+            todo="Give a complete checkpoint of a causal language model.",
+        )
     say(f"{name}: {model.num_parameters() / 1e6:.1f} M parameters, {device.type}; {why}")
     return as_language_model(model, tokenizer, name=name, dtype=dtype, device=device, for_training=for_training)
 
@@ -52,6 +65,8 @@ def as_language_model(
     model: Any, tokenizer: Any, *, name: str, dtype: torch.dtype, device: torch.device, for_training: bool
 ) -> LanguageModel:
     """A LanguageModel around a transformers model that is already in memory."""
+    if device.type == "cpu":
+        keep_freed_memory()
     identity = weights_identity(model)
     model = model.to(device=device)
     if not for_training:
@@ -146,7 +161,7 @@ def _unloadable(name: str, error: Exception) -> ModelError:
             f'model.name: "{name}" has no safetensors weights ({line})',
             todo="Save the model with safetensors; pickled weights are not read.",
         )
-    if "trust_remote_code" in line:
+    if "trust_remote_code" in str(error):
         return ModelError(
             f'model.name: "{name}" brings its own code', todo="Read that code, then set model.trust_remote_code=true."
         )

@@ -59,9 +59,9 @@ class ReferenceCache:
 
     def _read(self, part: Path) -> None:
         try:
-            with np.load(part) as stored:
+            with open(part, "rb") as file, np.load(file) as stored:
                 keys, lengths, values = stored["keys"], stored["lengths"], stored["values"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise StorageError(
                 f"{part}: this part of the reference cache is damaged ({error})", todo="Delete the file; it is computed again."
             ) from error

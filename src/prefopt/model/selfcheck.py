@@ -120,8 +120,8 @@ def _gradients(model: LanguageModel, batch: Batch) -> list[Tensor]:
     logps = model.token_logps(batch)
     # A mix of signs, as in a preference loss.
     signs = 1.0 - 2.0 * (batch.response_N % 2)
-    gradients = torch.autograd.grad((logps * signs).sum(), weights, allow_unused=True)
-    return [gradient.float() for gradient in gradients if gradient is not None]
+    gradients = torch.autograd.grad((logps * signs).sum(), weights, allow_unused=True, materialize_grads=True)
+    return [gradient.float() for gradient in gradients]
 
 
 def _cache_deviation(model: LanguageModel, groups: Sequence[TokenGroup], live: Tensor) -> float:

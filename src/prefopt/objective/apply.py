@@ -58,12 +58,14 @@ def dpo_loss(
 
     Each argument is (chosen, rejected): log-probs in nats summed over the response's tokens, shape (G,) or scalars.
     `reduction` is "mean" or "none" (loss per pair). Rewards are beta * (policy - reference), detached.
-    Raises ValueError for another reduction or a beta that is not positive. arXiv 2305.18290 eq. 7.
+    Raises ValueError for another reduction, a beta that is not positive or a label_smoothing outside [0, 0.5]. arXiv 2305.18290 eq. 7.
     """
     if reduction not in ("mean", "none"):
         raise ValueError(f'reduction is "{reduction}"; it must be "mean" or "none"')
     if not beta > 0:
         raise ValueError(f"beta is {beta}; it must be positive")
+    if not 0 <= label_smoothing <= 0.5:
+        raise ValueError(f"label_smoothing is {label_smoothing}; it must be from 0 to 0.5")
     chosen, rejected = (
         torch.as_tensor(policy) - torch.as_tensor(reference)
         for policy, reference in zip(policy_logps, reference_logps, strict=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prefopt.core.errors import ConfigError, DataError, nearest
+from prefopt.core.errors import ConfigError, DataError, PrefoptError, nearest
 from prefopt.rollout.prompts import Given
 
 RewardFunction = Callable[[Sequence[Given], Sequence[str]], Sequence[float]]
@@ -28,7 +28,14 @@ class Reward:
 
     def __call__(self, prompts: Sequence[Given], responses: Sequence[str]) -> list[float]:
         """One finite score a response; DataError names the reward and the first index that has none."""
-        scores = self.function(prompts, responses)
+        try:
+            scores = self.function(prompts, responses)
+        except PrefoptError:
+            raise
+        except Exception as error:  # whatever a reward of the user's own does
+            raise DataError(
+                f"reward {self.name}: failed ({type(error).__name__}: {error})", todo="Mend the function; nothing was written."
+            ) from error
         try:
             values = list(scores)
         except TypeError:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from prefopt.core.errors import StorageError, TrainingError
 from prefopt.core.files import check_writable, digest, read_json, storage_errors, write_json
@@ -55,20 +56,31 @@ def save_checkpoint(training: Training, folder: Path) -> Path:
 
 
 def _write_files(training: Training, folder: Path) -> None:
-    model = training.policy.model
-    masters = {name: value.detach() for name, value in training.optimizer.masters.items()}
-    model.save_pretrained(folder, state_dict={**model.state_dict(), **masters} if training.optimizer.separate else None)
-    training.policy.tokenizer.save_pretrained(folder)
     state = {name: value.contiguous() for name, value in training.optimizer.state().items()}
     try:
+        training.policy.model.save_pretrained(folder, state_dict=_master_state(training))
+        if training.optimizer.separate:
+            config = read_json(folder / "config.json")  # transformers writes the compute dtype; what is saved are the masters
+            write_json(folder / "config.json", {**config, "dtype": "float32"})
+        training.policy.tokenizer.save_pretrained(folder)
         save_file(state, folder / OPTIMIZER_FILE)
-    except Exception as error:  # safetensors has an error type of its own for a full disk
+    except Exception as error:  # safetensors and tokenizers have error types of their own for a full disk
         if "No space left" in str(error):
             raise StorageError(
                 f"{folder}: the disk is full", todo="Free some space; earlier checkpoints are untouched."
             ) from error
         raise
     write_json(folder / STATE_FILE, {"step": training.step, "num_tokens": training.num_tokens, **identities(training)})
+
+
+def _master_state(training: Training) -> dict[str, Tensor] | None:
+    """The model's state with every weight as its master; names that share a weight share its master, or None in fp32."""
+    optimizer = training.optimizer
+    if not optimizer.separate:
+        return None
+    masters = {id(parameter): optimizer.masters[name] for name, parameter in optimizer.model_parameters.items()}
+    state = training.policy.model.state_dict(keep_vars=True)
+    return {name: masters.get(id(value), value).detach() for name, value in state.items()}
 
 
 def identities(training: Training) -> dict[str, Any]:

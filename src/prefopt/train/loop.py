@@ -66,15 +66,19 @@ class Training:
             max_steps=self.config.max_steps,
         )
 
+    @property
+    def _total_groups(self) -> int:
+        if self.config.max_steps is not None:
+            return self.config.max_steps * self.config.groups_per_step
+        return round(len(self.groups) * self.config.epochs)
+
     def groups_of(self, step: int) -> list[TokenGroup]:
         """The groups of optimizer step `step`, counted from 0: a function of the seed, not of what ran before."""
-        by_epochs = round(len(self.groups) * self.config.epochs)
-        total = by_epochs if self.config.max_steps is None else self.config.max_steps * self.config.groups_per_step
         places = groups_of_step(
             step,
             groups=len(self.groups),
             groups_per_step=self.config.groups_per_step,
-            total_groups=total,
+            total_groups=self._total_groups,
             seed=self.data_seed,
         )
         return [self.groups[place] for place in places]
@@ -101,7 +105,7 @@ class Training:
         self.num_tokens += tokens
         return StepRecord(
             step=self.step,
-            epoch=self.step * self.config.groups_per_step / len(self.groups),
+            epoch=min(self.step * self.config.groups_per_step, self._total_groups) / len(self.groups),
             pairs=values,
             beta=self.objective.beta,
             grad_norm=grad_norm,
@@ -115,7 +119,7 @@ class Training:
     def accumulate_gradients(self, groups: Sequence[TokenGroup]) -> PairValues:
         """Forward and backward over `groups` in micro-batches. Losses are divided by the step's count of groups,
         so how the groups fall into micro-batches does not change the gradient."""
-        lengths = [group.unique_tokens for group in groups]
+        lengths = [self.policy.computed_tokens(group) for group in groups]
         parts = []
         order: list[int] = []
         for members in micro_batches(lengths, budget_tokens=self.config.micro_batch_tokens):
@@ -128,7 +132,7 @@ class Training:
     def evaluate(self, groups: Sequence[TokenGroup]) -> PairValues:
         """The same values on other groups, without gradients."""
         self.policy.model.eval()
-        lengths = [group.unique_tokens for group in groups]
+        lengths = [self.policy.computed_tokens(group) for group in groups]
         parts = []
         order: list[int] = []
         for members in micro_batches(lengths, budget_tokens=2 * self.config.micro_batch_tokens):
@@ -165,9 +169,10 @@ class Training:
     def _check_step_zero(self, values: PairValues) -> None:
         """While policy == reference every log-ratio is 0 (and DPO's loss ln 2): this also proves the cache on its rows."""
         ratios = np.concatenate([values.chosen_reward / values.chosen_tokens, values.rejected_reward / values.rejected_tokens])
-        worst = float(np.abs(ratios).max()) / self.objective.beta
-        if worst > _STEP_ZERO_TOLERANCE[self.policy.dtype] or math.isnan(worst):
-            place = int(np.nanargmax(np.abs(ratios))) % len(values.sources)
+        sizes = np.where(np.isnan(ratios), np.inf, np.abs(ratios)) / self.objective.beta
+        worst = float(sizes.max())
+        if worst > _STEP_ZERO_TOLERANCE[self.policy.dtype]:
+            place = int(sizes.argmax()) % len(values.sources)
             raise TrainingError(
                 f"{values.sources[place]}: before the first update the policy differs from its reference by {worst:.3g} nats per token;"
                 " they have the same weights, so the reference log-probs are not this model's",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prefopt.core.errors import Interrupted
-from prefopt.core.events import EventLog
+from prefopt.core.events import Event, EventLog
 from prefopt.core.progress import Progress, say
 from prefopt.core.run_folder import RunFolder
 from prefopt.core.statistics import wilson
@@ -63,8 +63,17 @@ class EvaluateHeldOut:
             f" ({metrics['eval/rewards/accuracies_low']:.3f} to {metrics['eval/rewards/accuracies_high']:.3f}),"
             f" loss {metrics['eval/loss']:.4f}"
         )
-        if metrics["eval/loss"] < self.best_loss:
-            self.best_loss, self.best_step = metrics["eval/loss"], record.step
+        self._compare(metrics["eval/loss"], record.step)
+
+    def remember(self, events: Sequence[Event]) -> None:
+        """Take up the best loss of a run that is resumed."""
+        for event in events:
+            if event["kind"] == "eval" and event["eval/loss"] is not None:
+                self._compare(event["eval/loss"], event["step"])
+
+    def _compare(self, loss: float, step: int) -> None:
+        if loss < self.best_loss:
+            self.best_loss, self.best_step = loss, step
 
 
 def held_out_metrics(values: PairValues) -> dict[str, Any]:
