@@ -38,7 +38,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--max-tokens", type=int, default=512, help="rows whose prompt and longer response exceed this are left out"
     )
-    parser.add_argument("--micro-batch-tokens", type=int, default=2048, help="prefopt's budget")
+    parser.add_argument("--micro-batch-tokens", type=int, default=1024, help="prefopt's budget")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--trl", nargs="*", default=["live", "precomputed"], choices=("live", "precomputed"))
     parser.add_argument("--json", type=Path, help="also write the figures to this file")

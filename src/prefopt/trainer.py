@@ -36,7 +36,7 @@ class DPOConfig:
     max_steps: int | None = None
     per_device_train_batch_size: int = 8
     gradient_accumulation_steps: int = 2
-    micro_batch_tokens: int = 2048
+    micro_batch_tokens: int = 1024
     lr_scheduler_type: str = "linear"
     warmup_ratio: float = 0.1
     weight_decay: float = 0.0

@@ -112,7 +112,7 @@ class TrainConfig(Section):
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; wins over epochs.")
     groups_per_step: int = Field(16, ge=1, description="Groups (pairs) of one optimizer step, over all micro-batches.")
     micro_batch_tokens: int = Field(
-        2048, ge=16, description="Unique tokens of one forward and backward pass; changes speed and memory only."
+        1024, ge=16, description="Unique tokens of one forward and backward pass; changes speed and memory only."
     )
     lr: float = Field(1e-6, ge=0, description="Peak learning rate.")
     schedule: Literal["linear", "cosine", "constant"] = Field(

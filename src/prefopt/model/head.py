@@ -5,6 +5,7 @@ Shapes: N scored tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,9 @@ class Head:
 
     def logps(self, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
         """Log-prob of each target in nats, shape (N,), fp32."""
-        return _ChunkedLogProb.apply(hidden_ND, self.weight, self.bias, target_N, self.scale, self.softcap)  # type: ignore[no-any-return,no-untyped-call]
+        keep = torch.is_grad_enabled() and self.softcap is None
+        apply: Callable[..., Tensor] = _ChunkedLogProb.apply
+        return apply(hidden_ND, self.weight, self.bias, target_N, self.scale, self.softcap, keep)
 
 
 def head_of(model: Any) -> Head:
@@ -44,7 +47,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, s
 
 
 class _ChunkedLogProb(torch.autograd.Function):
-    """Saves hidden states only; backward computes each chunk's logits again."""
+    """Backward computes each chunk's logits again, unless all fit in one chunk: then its probabilities are kept."""
 
     @staticmethod
     def forward(
@@ -55,22 +58,26 @@ class _ChunkedLogProb(torch.autograd.Function):
         target_N: Tensor,
         scale: float,
         softcap: float | None,
+        keep: bool,
     ) -> Tensor:
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N)
-        ctx.scale, ctx.softcap = scale, softcap
         rows = max(1, _CHUNK_LOGITS // weight_VD.shape[0])
         out = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
+        kept: Tensor | None = None
         for start in range(0, len(hidden_ND), rows):
             chunk = slice(start, start + rows)
             logits = _logits(hidden_ND[chunk], weight_VD, bias_V, scale, softcap)
-            out[chunk] = logits.gather(1, target_N[chunk, None])[:, 0] - logits.logsumexp(dim=1)
+            total = logits.logsumexp(dim=1)
+            out[chunk] = logits.gather(1, target_N[chunk, None])[:, 0] - total
+            if keep and len(hidden_ND) <= rows:
+                kept = logits.sub_(total[:, None]).exp_()
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, kept)
+        ctx.scale, ctx.softcap = scale, softcap
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         grad_N: Tensor = grads[0]
-        hidden_ND, weight_VD, bias_V, target_N = ctx.saved_tensors
-        scale, softcap = ctx.scale, ctx.softcap
+        hidden_ND, weight_VD, bias_V, target_N, kept = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
         grad_weight = torch.zeros(weight_VD.shape, dtype=torch.float32, device=grad_N.device) if needs_weight else None
@@ -79,15 +86,7 @@ class _ChunkedLogProb(torch.autograd.Function):
         for start in range(0, len(hidden_ND), rows):
             chunk = slice(start, start + rows)
             hidden = hidden_ND[chunk]
-            logits = _logits(hidden, weight_VD, bias_V, scale, softcap)
-            # d log p[target] / d logits = onehot - softmax
-            grad = torch.softmax(logits, dim=1).neg_()
-            grad.scatter_add_(1, target_N[chunk, None], torch.ones_like(grad[:, :1]))
-            grad *= grad_N[chunk, None]
-            if softcap is not None:
-                grad *= 1 - (logits / softcap) ** 2
-            if scale != 1.0:
-                grad *= scale
+            grad = _logit_gradient(hidden, weight_VD, bias_V, target_N[chunk], grad_N[chunk], kept, ctx.scale, ctx.softcap)
             if grad_bias is not None:
                 grad_bias += grad.sum(dim=0)
             compute = grad.to(hidden.dtype)
@@ -100,4 +99,25 @@ class _ChunkedLogProb(torch.autograd.Function):
                     grad_weight += compute.T @ hidden
         weight_out = grad_weight.to(weight_VD.dtype) if grad_weight is not None else None
         bias_out = grad_bias.to(weight_VD.dtype) if grad_bias is not None else None
-        return grad_hidden, weight_out, bias_out, None, None, None
+        return grad_hidden, weight_out, bias_out, None, None, None, None
+
+
+def _logit_gradient(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    grad: Tensor,
+    kept: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Gradient of `sum(grad * log p[target])` in the raw logits: grad * (onehot - softmax), through cap and scale."""
+    logits = None if kept is not None else _logits(hidden, weight, bias, scale, softcap)
+    probabilities = kept if logits is None else torch.softmax(logits, dim=1)
+    assert probabilities is not None
+    gradient = probabilities * -grad[:, None]
+    gradient.scatter_add_(1, target[:, None], grad[:, None])
+    if softcap is not None and logits is not None:
+        gradient *= 1 - (logits / softcap) ** 2
+    return gradient if scale == 1.0 else gradient * scale
