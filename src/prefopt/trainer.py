@@ -81,7 +81,6 @@ class DPOConfig:
                 "activation_checkpointing": self.gradient_checkpointing,
                 "save_every_steps": self.save_steps,
                 "keep_last": self.save_total_limit,
-                "seed": self.seed,
             },
         }
         for key, value in self.extra.items():

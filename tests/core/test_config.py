@@ -73,11 +73,11 @@ def test_the_same_options_are_fine_with_held_out_rows(held_out: str) -> None:
 
 
 def test_defaults_then_recipe_then_words() -> None:
-    recipe = {"train": {"lr": 3e-6, "seed": 4}, "loss": {"beta": 0.2}}
+    recipe = {"train": {"lr": 3e-6, "keep_last": 4}, "loss": {"beta": 0.2}}
     config = resolve_config(recipe, ["train.lr=5e-6", "loss.label_smoothing=0.1", "train.lr=7e-6"])
-    assert (config.train.lr, config.train.seed, config.train.epochs) == (7e-6, 4, RunConfig().train.epochs)
+    assert (config.train.lr, config.train.keep_last, config.train.epochs) == (7e-6, 4, RunConfig().train.epochs)
     assert config.loss.knobs == {"beta": 0.2, "label_smoothing": 0.1}
-    assert recipe == {"train": {"lr": 3e-6, "seed": 4}, "loss": {"beta": 0.2}}, "the recipe itself stays as it was"
+    assert recipe == {"train": {"lr": 3e-6, "keep_last": 4}, "loss": {"beta": 0.2}}, "the recipe itself stays as it was"
 
 
 @pytest.mark.parametrize(

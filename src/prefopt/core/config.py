@@ -129,7 +129,6 @@ class TrainConfig(Section):
     activation_checkpointing: bool = Field(
         False, description="Recompute activations in backward: less memory, about a third more time."
     )
-    seed: int = Field(0, description="Seed of everything random but the data order.")
     eval_every_steps: int | None = Field(
         None, ge=1, description="Held-out evaluation; by default at the start, four times and at the end."
     )
