@@ -130,7 +130,7 @@ class TrainConfig(Section):
         False, description="Recompute activations in backward: less memory, about a third more time."
     )
     eval_every_steps: int | None = Field(
-        None, ge=1, description="Held-out evaluation; by default at the start, four times and at the end."
+        None, ge=1, description="Held-out evaluation; by default four times, evenly, the last at the end."
     )
     save_every_steps: int | None = Field(None, ge=1, description="Checkpoints; by default only at the end and on Ctrl-C.")
     keep_last: int = Field(1, ge=1, description="Checkpoints to keep, newest first.")

@@ -6,7 +6,7 @@ import math
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from prefopt.core.errors import Interrupted
@@ -100,7 +100,6 @@ class SaveCheckpoints:
     every: int | None
     keep_last: int
     held_out: EvaluateHeldOut | None = None
-    saved: list[int] = field(default_factory=list)
 
     def after_step(self, record: StepRecord) -> None:
         due = self.every is not None and record.step % self.every == 0
