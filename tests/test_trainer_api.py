@@ -150,13 +150,17 @@ def test_trl_names_mean_what_they_mean_there(tmp_path: Path) -> None:
         seed=9,
         extra={"loss.reduce": "sum", "train.keep_last": 3},
     ).resolved("some/model")
-    assert config.loss.name == "ipo" and config.loss.knobs == {"beta": 0.3, "reduce": "sum"}
+    part = config.loss.parts[0]
+    assert (part.name, part.knobs["beta"], part.knobs["reduce"]) == ("ipo", 0.3, "sum")
     train = config.train
     assert (train.output_dir, train.lr, train.epochs, train.groups_per_step) == ("out", 3e-6, 2.0, 15)
     assert (train.schedule, train.warmup_fraction, train.weight_decay, train.max_grad_norm) == ("cosine", 0.2, 0.01, 2.0)
     assert (train.precision, train.activation_checkpointing, train.save_every_steps, train.keep_last) == ("bf16", True, 7, 3)
     assert (config.data.max_prompt_tokens, config.data.max_response_tokens, config.data.seed) == (64, 32, 9)
-    assert DPOConfig(loss_type="sigmoid", label_smoothing=0.1).resolved("m").loss.knobs == {"beta": 0.1, "label_smoothing": 0.1}
+    smoothed = DPOConfig(loss_type="sigmoid", label_smoothing=0.1).resolved("m").loss.parts[0]
+    assert (smoothed.name, smoothed.knobs["beta"], smoothed.knobs["label_smoothing"]) == ("dpo", 0.1, 0.1)
+    mixed = DPOConfig(loss_type=["sigmoid", "ipo"], loss_weights=[1.0, 0.2], beta=0.3).resolved("m").loss
+    assert [(part.name, part.weight, part.knobs["beta"]) for part in mixed.parts] == [("dpo", 1.0, 0.3), ("ipo", 0.2, 0.3)]
 
 
 @pytest.mark.parametrize(
@@ -180,8 +184,8 @@ def test_values_that_cannot_be_are_refused_by_name(arguments: dict[str, Any], na
 def test_unknown_arguments_are_refused(tmp_path: Path, model: Path) -> None:
     with pytest.raises(TypeError, match="learning_rat"):
         DPOConfig(learning_rat=1e-5)  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="peft_config"):
-        DPOTrainer(model=model, train_dataset=[], peft_config=None)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="callbacks"):
+        DPOTrainer(model=model, train_dataset=[], callbacks=None)  # type: ignore[call-arg]
     with pytest.raises(ConfigError, match="args is a dict") as caught:
         DPOTrainer(model=model, train_dataset=[], args={"beta": 0.1})  # type: ignore[arg-type]
     assert all(entry.name in caught.value.todo for entry in fields(DPOConfig))
@@ -193,6 +197,7 @@ def test_evaluation_steps_need_rows_to_evaluate_on(tmp_path: Path, model: Path) 
     rows = preference_rows()
     run = train(model, rows[:32], tmp_path / "run", eval_dataset=rows[32:], changes={"eval_steps": 1})
     assert [(event["step"], event["eval/groups"]) for event in run.events() if event["kind"] == "eval"] == [
+        (0, 8),
         (1, 8),
         (2, 8),
         (3, 8),

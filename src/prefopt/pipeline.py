@@ -10,28 +10,34 @@ import copy
 import math
 import shlex
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from prefopt.core.checks import SYNC_EVERY_STEPS, check_reference_given, check_reference_moves
 from prefopt.core.config import RunConfig
 from prefopt.core.errors import DataError, Interrupted, PrefoptError, StorageError
-from prefopt.core.facts import loss_facts
 from prefopt.core.files import check_writable
 from prefopt.core.progress import progress, say
 from prefopt.core.run_folder import RunFolder, environment
 from prefopt.data.audit import audit
 from prefopt.data.encode import TokenSet, fit_budget, token_budget
 from prefopt.data.groups import GroupSet
+from prefopt.data.mismatch import mismatched
+from prefopt.data.pack import total_steps
 from prefopt.data.splits import load_splits
+from prefopt.data.suitable import suitable, unused_columns
 from prefopt.data.token_cache import cached_encoding
+from prefopt.model.adapters import add_lora
 from prefopt.model.engine import LanguageModel
-from prefopt.model.load import load_model, load_tokenizer, model_facts
-from prefopt.model.reference import LiveReference, Reference, ReferenceCache, fill_cache
+from prefopt.model.load import as_language_model, load_model, load_reward_model, load_tokenizer, model_facts
+from prefopt.model.reference import AdapterOffReference, LiveReference, NoReference, Reference, ReferenceCache, fill_cache
 from prefopt.objective.apply import Objective
 from prefopt.train.checkpoint import load_checkpoint
 from prefopt.train.loop import Observer, Training
+from prefopt.train.moving_reference import MovingReference
 from prefopt.train.observers import EvaluateHeldOut, LogSteps, SaveCheckpoints, StopOnSignal
 from prefopt.train.sinks import Sinks
 
@@ -55,25 +61,32 @@ def prepare_rows(
     for note in (*groups.notes, *(held.notes if held is not None else ())):
         say(note)
     budget = token_budget(data, context_tokens)
-    full = cached_encoding(groups, tokenizer, template=data.template)
-    train = _usable(fit_budget(full, budget, on_overlong=data.on_overlong), groups, config)
+    full = _encoded(groups, tokenizer, config)
+    fitted = fit_budget(full, budget, on_overlong=data.on_overlong)
+    train = _usable(fitted, groups, config)
+    check_reference_moves(config, _total_steps(config, train))
     held_out = TokenSet(())
     if held is not None:
-        held_full = cached_encoding(held, tokenizer, template=data.template)
-        held_out = _usable(fit_budget(held_full, budget, on_overlong=data.on_overlong), held, config)
-    found = audit(groups, full, budget=budget, on_overlong=data.on_overlong, against=held)
+        held_out = _usable(fit_budget(_encoded(held, tokenizer, config), budget, on_overlong=data.on_overlong), held, config)
+    for_loss = replace(full, bad=(*full.bad, *train.bad[len(fitted.bad) :]))  # with what the loss has no place for
+    found = audit(groups, for_loss, budget=budget, on_overlong=data.on_overlong, against=held)
     return Prepared(groups, train, held_out, found)
+
+
+def _total_steps(config: RunConfig, tokens: TokenSet) -> int:
+    train = config.train
+    return total_steps(
+        len(tokens.groups), epochs=train.epochs, groups_per_step=train.groups_per_step, max_steps=train.max_steps
+    )
+
+
+def _encoded(groups: GroupSet, tokenizer: Any, config: RunConfig) -> TokenSet:
+    return cached_encoding(groups, tokenizer, template=config.data.template, train_on=config.data.train_on)
 
 
 def _usable(tokens: TokenSet, groups: GroupSet, config: RunConfig) -> TokenSet:
     """Rows that the loss can learn from; DataError where none are left, or where bad rows are an error."""
-    facts = loss_facts(config.loss.name)
-    wrong = [group for group in tokens.groups if group.feedback.kind not in facts.accepts]
-    if wrong:
-        raise DataError(
-            f'{wrong[0].source}: the loss "{facts.name}" learns from {" or ".join(facts.accepts)} rows, and this is a {wrong[0].feedback.kind} row',
-            todo="Turn scored responses into pairs with `prefopt label`, or give rows with chosen and rejected.",
-        )
+    tokens = suitable(tokens, config, name=groups.name)
     refused = [*groups.bad, *tokens.bad]
     if refused and config.data.on_bad_row == "error":
         raise DataError(
@@ -83,10 +96,22 @@ def _usable(tokens: TokenSet, groups: GroupSet, config: RunConfig) -> TokenSet:
     if not tokens.groups:
         first = f"; the first: {refused[0]}" if refused else ""
         raise DataError(
-            f"{groups.name}: none of {groups.rows} rows can be used{first}", todo="See `prefopt check` for every reason."
+            f"{groups.name}: none of {groups.rows} rows can be used{first}",
+            todo="Mend them or give others; `prefopt check` shows what they are like.",
         )
     if refused:
-        say(f"{groups.name}: {len(refused)} of {groups.rows} rows refused; `prefopt check` lists them by reason")
+        reasons = Counter(str(row.reason) for row in refused).most_common()
+        counted = ", ".join(f"{count} for {reason}" for reason, count in reasons)
+        say(f"{groups.name}: {len(refused)} of {groups.rows} rows refused: {counted}")
+    for line in unused_columns([group.feedback for group in tokens.groups], config):
+        say(f"{groups.name}: {line}")
+    if any(facts.needs_mismatched for facts in config.loss.facts):
+        try:
+            others = mismatched(tokens.groups, seed=config.data.seed)
+        except DataError as error:
+            raise DataError(f"{groups.name}: {error.what}", todo=error.todo) from None
+        pairs = zip(tokens.groups, others, strict=True)
+        tokens = replace(tokens, groups=tuple(replace(group, mismatched=other) for group, other in pairs))
     return tokens
 
 
@@ -104,6 +129,8 @@ def train_run(
     Objects in memory may stand in for what the config names. With `resume` the newest complete checkpoint of the run
     folder is continued. Raises PrefoptError where anything cannot be right, before the first update where possible.
     """
+    if reference_model is not None:
+        check_reference_given(config)
     run = RunFolder(Path(config.train.output_dir))
     _claim(run, resume=resume)
     source: dict[str, Any] = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
@@ -111,7 +138,7 @@ def train_run(
         tokenizer = model.tokenizer if model else load_tokenizer(config.model.name, **source)
         context_tokens = model.context_tokens if model else model_facts(config.model.name, **source).context_tokens
         rows = prepare_rows(config, tokenizer, context_tokens, train_rows=train_rows, eval_rows=eval_rows)
-        policy = model or load_model(config.model.name, precision=config.train.precision, for_training=True, **source)
+        policy = model or _load_policy(config, source)
     except PrefoptError:
         with contextlib.suppress(OSError):  # a folder that holds something stays
             run.path.rmdir()
@@ -140,53 +167,63 @@ def _claim(run: RunFolder, *, resume: bool) -> None:
         run.events_path.unlink()
 
 
+def _load_policy(config: RunConfig, source: dict[str, Any]) -> LanguageModel:
+    load = load_reward_model if config.loss.facts[0].trains_reward_model else load_model
+    return load(config.model.name, precision=config.train.precision, for_training=True, **source)
+
+
 def start_training(
     config: RunConfig, policy: LanguageModel, rows: Prepared, *, reference_model: LanguageModel | None = None
 ) -> Training:
-    """The Training of `config` at step 0, with its reference ready."""
-    knobs = config.loss.knobs
+    """The Training of `config` at step 0, with its adapter and its reference ready."""
     own_reference = reference_model is None and config.reference.model is None
-    initial = copy.deepcopy(policy.model) if own_reference and config.reference.kind == "live" else None
+    kind = config.reference_kind
+    initial = copy.deepcopy(policy.model) if own_reference and kind in ("live", "tr-dpo", "ema") else None
+    if config.model.lora is not None:
+        add_lora(policy, config.model.lora, seed=config.data.seed)
     training = Training(
         policy=policy,
         groups=rows.train.groups,
-        reference=_NoReference(),
-        objective=Objective(config.loss.name, knobs),
+        reference=NoReference(),
+        objective=Objective(config.loss.resolved()),
         config=config.train,
         data_seed=config.data.seed,
-        reference_is_initial=own_reference,
+        reference_is_initial=own_reference and kind != "none",
     )
+    if kind == "none":
+        return training
 
     def other() -> LanguageModel:
         if initial is not None:
-            from prefopt.model.load import as_language_model
-
-            return as_language_model(
-                initial, policy.tokenizer, name=policy.name, dtype=policy.dtype, device=policy.device, for_training=False
-            )
+            name, dtype, device = policy.name, policy.dtype, policy.device
+            return as_language_model(initial, policy.tokenizer, name=name, dtype=dtype, device=device, for_training=False)
         if own_reference:
             return policy
         return reference_model or load_model(str(config.reference.model), precision=config.train.precision)
 
-    training.reference = _reference(config, policy if own_reference else None, other, rows)
+    training.reference = _reference(config, other, rows)
     return training
 
 
-class _NoReference:
-    identity = "none"
-
-    def of(self, groups: Any) -> Any:
-        raise PrefoptError("The reference was asked before it was made")
-
-
-def _reference(config: RunConfig, own: LanguageModel | None, load: Callable[[], LanguageModel], rows: Prepared) -> Reference:
+def _reference(config: RunConfig, load: Callable[[], LanguageModel], rows: Prepared) -> Reference:
+    """The reference of the configured kind; `load` gives its model."""
     budget = 2 * config.train.micro_batch_tokens
-    if config.reference.kind == "live":
-        return LiveReference(load(), micro_batch_tokens=budget)
-    model = own or load()
-    root = Path(config.reference.cache_dir) if config.reference.cache_dir else None
+    model, settings = load(), config.reference
+    match config.reference_kind:
+        case "adapter-off":
+            return AdapterOffReference(model, micro_batch_tokens=budget)
+        case "live":
+            return LiveReference(model, micro_batch_tokens=budget)
+        case "tr-dpo":
+            mix, every = settings.sync_mix or 0.6, settings.sync_every_steps or SYNC_EVERY_STEPS
+            return MovingReference(model, micro_batch_tokens=budget, mix=mix, every=every)
+        case "ema":
+            return MovingReference(model, micro_batch_tokens=budget, mix=1 - (settings.ema_decay or 0.99), every=1)
+    root = Path(settings.cache_dir) if settings.cache_dir else None
     cache = ReferenceCache(model.identity, model.numerics, root=root)
-    fill_cache(cache, [*rows.train.groups, *rows.held_out.groups], lambda: model, micro_batch_tokens=budget)
+    groups = [*rows.train.groups, *rows.held_out.groups]
+    groups += [group.mismatched for group in groups if group.mismatched is not None]
+    fill_cache(cache, groups, lambda: model, micro_batch_tokens=budget)
     return cache
 
 
@@ -207,6 +244,8 @@ def _watch(config: RunConfig, run: RunFolder, training: Training, rows: Prepared
             held_out.remember(run.events())
     else:
         log.write("start", step=0, **_start_facts(training))
+        if held_out is not None and config.train.eval_at_start:
+            held_out.measure(0)
     started = time.monotonic()
     with progress("training", training.total_steps, "steps") as bar, stopper.listening():
         bar.done = training.step

@@ -9,10 +9,11 @@ from typing import Any
 from prefopt.core.config import IN_MEMORY, RunConfig
 from prefopt.core.errors import ConfigError
 from prefopt.core.progress import set_quiet
-from prefopt.core.resolve import resolve_config
+from prefopt.core.resolve import resolve_config, set_option
 from prefopt.core.run_folder import RunFolder
+from prefopt.model.adapters import default_targets, lora_options
 from prefopt.model.engine import LanguageModel
-from prefopt.model.load import as_language_model, load_model, load_tokenizer
+from prefopt.model.load import as_language_model, load_model, load_tokenizer, model_facts
 from prefopt.model.precision import compute_dtype, pick_device
 from prefopt.pipeline import train_run
 
@@ -23,14 +24,16 @@ class DPOConfig:
 
     `per_device_train_batch_size * gradient_accumulation_steps` pairs make one optimizer step; how they fall into
     micro-batches is decided by `micro_batch_tokens` and changes speed and memory only. `loss_type` is "sigmoid" (the
-    paper's DPO) or a name of `prefopt losses`. `extra` holds any other option by its dotted name, for example
-    `{"train.keep_last": 3}`; all of them: `prefopt train --options`.
+    paper's DPO) or a name of `prefopt losses`; TRL's names are understood. A list is a sum, with `loss_weights` (1 each by
+    default). `beta` None is the default of the loss. `extra` holds any other option by its dotted name, for example
+    `{"train.keep_last": 3, "loss.ld_alpha": 0.5}`; all of them: `prefopt train --options`.
     """
 
     output_dir: str = "runs/latest"
-    beta: float = 0.1
+    beta: float | None = None
     label_smoothing: float = 0.0
-    loss_type: str = "sigmoid"
+    loss_type: str | list[str] = "sigmoid"
+    loss_weights: list[float] | None = None
     learning_rate: float = 1e-6
     num_train_epochs: float = 1.0
     max_steps: int | None = None
@@ -51,16 +54,15 @@ class DPOConfig:
     seed: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
 
-    def resolved(self, model_name: str) -> RunConfig:
-        """The RunConfig of these settings for the model `model_name`. ConfigError where a value cannot be."""
+    def resolved(self, model_name: str, *, lora: dict[str, Any] | None = None) -> RunConfig:
+        """The RunConfig of these settings for the model `model_name`. ConfigError where a value cannot be.
+
+        `lora`: the section model.lora of a `peft_config`.
+        """
         precision = "auto" if self.bf16 is None else "bf16" if self.bf16 else "fp32"
-        name = "dpo" if self.loss_type == "sigmoid" else self.loss_type
-        loss: dict[str, Any] = {"name": name, "beta": self.beta}
-        if self.label_smoothing:
-            loss["label_smoothing"] = self.label_smoothing
         recipe: dict[str, Any] = {
-            "model": {"name": model_name},
-            "loss": loss,
+            "model": {"name": model_name, "lora": lora},
+            "loss": self._loss(),
             "data": {
                 "max_prompt_tokens": self.max_prompt_length,
                 "max_response_tokens": self.max_completion_length,
@@ -84,9 +86,34 @@ class DPOConfig:
             },
         }
         for key, value in self.extra.items():
-            section, _, option = key.partition(".")
-            recipe.setdefault(section, {})[option] = value
+            if lora is not None and key.startswith("model.lora") and key != "model.lora.save":
+                raise ConfigError(f"peft_config and extra both set {key}", todo="Set it in one of them.")
+            set_option(recipe, key.split("."), value)
         return resolve_config(recipe, source="DPOConfig")
+
+    def _loss(self) -> dict[str, Any]:
+        """The loss section of these settings."""
+        types = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+        names = [_TRL_NAMES.get(name, name) for name in types]
+        weights = self.loss_weights or [1.0] * len(names)
+        if len(weights) != len(names):
+            raise ConfigError(
+                f"loss_weights has {len(weights)} values for {len(names)} losses", todo="Give one weight for each loss_type."
+            )
+        loss: dict[str, Any] = {"name": names[0]} if weights == [1.0] else dict(zip(names, weights, strict=True))
+        if self.beta is not None:
+            loss["beta"] = self.beta
+        if self.label_smoothing:
+            loss["label_smoothing"] = self.label_smoothing
+        return loss
+
+
+_TRL_NAMES = {
+    "sigmoid": "dpo",
+    "exo_pair": "exo",
+    "nca_pair": "nca",
+    "sppo_hard": "sppo",
+}
 
 
 class DPOTrainer:
@@ -95,6 +122,7 @@ class DPOTrainer:
     `model`: folder, Hub id, .gguf file, or a transformers model in memory (then with `processing_class`).
     `train_dataset`, `eval_dataset`: a Hugging Face Dataset, a list of rows, a file, or a Hub dataset id.
     `ref_model`: another reference than the model's first weights: a name or a transformers model.
+    `peft_config`: a peft.LoraConfig, to train an adapter (`model.lora`) instead of all weights.
     Raises ConfigError for unknown arguments and everything that `prefopt.train_run` raises.
     """
 
@@ -107,6 +135,7 @@ class DPOTrainer:
         args: DPOConfig | None = None,
         processing_class: Any = None,
         ref_model: Any = None,
+        peft_config: Any = None,
         quiet: bool = False,
     ) -> None:
         if args is not None and not isinstance(args, DPOConfig):
@@ -118,6 +147,7 @@ class DPOTrainer:
         self.eval_dataset = eval_dataset
         self.processing_class = processing_class
         self.ref_model = ref_model
+        self.lora = lora_options(peft_config) if peft_config is not None else None
         self.quiet = quiet
         self.policy: LanguageModel | None = None
 
@@ -127,7 +157,12 @@ class DPOTrainer:
         name = (
             self.model if isinstance(self.model, str | Path) else getattr(self.model, "name_or_path", "") or "model in memory"
         )
-        config = self.args.resolved(str(name))
+        lora = self.lora
+        if lora is not None and lora["targets"] is None:
+            known = isinstance(self.model, str | Path)
+            architecture = model_facts(str(name)).architecture if known else self.model.config.model_type
+            lora = {**lora, "targets": default_targets(architecture)}
+        config = self.args.resolved(str(name), lora=lora)
         if self.args.eval_steps is not None and self.eval_dataset is None:
             raise ConfigError(
                 "eval_steps is set and there is no eval_dataset", todo="Give eval_dataset or leave eval_steps out."

@@ -186,7 +186,11 @@ def test_a_broken_line_is_dropped_counted_and_named_by_check(folder: Path, model
 def test_rows_of_another_kind_than_the_loss_learns_from_are_refused(folder: Path, model: Path) -> None:
     write_rows(folder / "rows.jsonl", [{"prompt": "What?", "completion": "This.", "label": True}] * 4)
     assert_refused(
-        train(model), DATA, 'rows.jsonl:1: the loss "dpo" learns from pair rows, and this is a label row', "prefopt label"
+        train(model),
+        DATA,
+        'rows.jsonl:1: the loss "dpo" learns from pair rows, and this is a label row',
+        "Losses for label rows: ",
+        "kto",
     )
     assert files_below(folder) == {"rows.jsonl"}
 

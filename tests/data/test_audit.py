@@ -28,7 +28,8 @@ def word_tokens(groups: GroupSet) -> TokenSet:
         texts = [" ".join(turn.content for turn in turns) for turns in (group.prompt, *group.responses)]
         prompt, *responses = (np.arange(len(text.split()), dtype=np.int32) for text in texts)
         scored = tuple(np.ones(len(ids), dtype=np.bool_) for ids in responses)
-        encoded.append(TokenGroup(prompt, tuple(responses), scored, group.feedback, group.source, (True,) * len(responses)))
+        finished = group.finished or (True,) * len(responses)
+        encoded.append(TokenGroup(prompt, tuple(responses), scored, group.feedback, group.source, finished))
     return TokenSet(tuple(encoded))
 
 
@@ -61,6 +62,90 @@ def test_labels_and_rankings_can_contradict_too() -> None:
     assert audit_rows([ties, {**ties, "scores": [1, 2]}])["contradictions"]["count"] == 0
 
 
+def test_ties_are_no_contradiction_and_tell_nothing_about_length() -> None:
+    tie = {**pair("p", "a a a", "b"), "tie": True}
+    swapped = {**pair("p", "b", "a a a"), "tie": True}
+    found = audit_rows([pair("p", "b", "a a a"), tie, swapped, pair("q", "a a", "b")])
+    assert found["contradictions"]["count"] == 0
+    assert found["duplicates"] == {"count": 1, "examples": ["list:3 repeats list:2"]}
+    assert (found["length_bias"]["pairs"], found["length_bias"]["chosen_longer"]) == (2, 0.5)
+    assert found["tokens"]["chosen"]["max"] == 3 and sum(found["tokens"]["chosen"]["histogram"]["counts"]) == 4
+    assert found["feedback"]["ties"] == {"pairs": 4, "tied": 2, "share": 0.5}
+    assert "      2  pairs are ties (50.0 %)" in audit_lines(found)
+    assert audit_rows([tie])["length_bias"] is None
+
+
+SCORED = {"prompt": "p", "responses": ["a", "b", "c"]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "feedback", "lines"),
+    [
+        (
+            [pair("p", "a", "b"), pair("p x", "a", "b")],
+            {"kinds": {"pair": 2}, "prompts": 2, "ties": {"pairs": 2, "tied": 0, "share": 0.0}},
+            ["      2  different prompts, with 2 responses each"],
+        ),
+        (
+            [{"prompt": p, "completion": c, "label": label} for p, c, label in (("p", "a", 1), ("p", "b", 0), ("p x", "c", 1))],
+            {
+                "kinds": {"label": 3},
+                "prompts": 2,
+                "responses_per_group": {"min": 1, "mean": 1.0, "max": 1},
+                "responses_per_prompt": {"min": 1, "mean": 1.5, "max": 2},
+                "labels": {"desirable": 2, "undesirable": 1, "share": 2 / 3},
+            },
+            [
+                "      2  different prompts, with 1 to 2 responses each, 1.50 on average",
+                "      2  rows are desirable (66.7 %), 1 are not",
+            ],
+        ),
+        (
+            [{**SCORED, "scores": scores} for scores in ([1, 2, 3], [1, 1, 2], [4, 4, 4])],
+            {"kinds": {"scores": 3}, "tied_scores": {"rows": 3, "tied": 2, "all_equal": 1, "share": 2 / 3}},
+            [
+                "      1  different prompts, with 9 responses each",
+                "      2  rows have equal scores (66.7 %); in 1 all are equal",
+            ],
+        ),
+        (
+            [{**SCORED, "ranking": [2, 1, 3], "finished": [True, False, False]}],
+            {"kinds": {"ranking": 1}, "unfinished": 2},
+            ["      1  different prompts, with 3 responses each", "      2  responses were cut and get no end-of-turn token"],
+        ),
+        (
+            [{"instruction": "p", "output": "a"}],
+            {"kinds": {"demonstration": 1}},
+            ["      1  different prompts, with 1 response each"],
+        ),
+    ],
+)
+def test_what_is_known_of_the_responses_is_counted_for_every_kind(
+    rows: list[dict[str, Any]], feedback: dict[str, Any], lines: list[str]
+) -> None:
+    found = audit_rows(rows)
+    absent: dict[str, Any] = {"ties": None, "labels": None, "tied_scores": None, "unfinished": 0}
+    assert {key: found["feedback"][key] for key in absent | feedback} == absent | feedback
+    assert json.loads(json.dumps(found)) == found
+    written = audit_lines(found)
+    at = written.index(lines[0])
+    assert written[at : at + len(lines) + 1] == [*lines, written[at + len(lines)]]
+    assert written[at + len(lines)].startswith("tokens ")
+
+
+@pytest.mark.parametrize(
+    ("row", "about"),
+    [
+        (pair("p", "a", "b"), "two responses preferred both ways"),
+        ({"prompt": "p", "completion": "a", "label": 1}, "responses labelled both ways"),
+        ({"prompt": "p", "completion": "a"}, None),
+    ],
+)
+def test_contradictions_are_named_for_what_they_are(row: dict[str, Any], about: str | None) -> None:
+    written = [line for line in audit_lines(audit_rows([row])) if "both ways" in line]
+    assert written == ([] if about is None else [f"      0  {about}"])
+
+
 def test_leakage_counts_prompts_and_whole_groups() -> None:
     against = load_groups([pair("p", "b", "a"), pair("q", "x", "y")])
     found = audit_rows([pair("p", "a", "b"), pair("p", "a", "c"), pair("Q", "x", "y")], against=against)["leakage"]
@@ -74,7 +159,7 @@ def test_leakage_counts_prompts_and_whole_groups() -> None:
 
 
 def test_refusals_of_reading_and_of_encoding_are_counted_once() -> None:
-    groups = load_groups([pair("p", "a", "b"), pair("p", "a", "a"), pair("p", "c", "c"), pair("", "a", "b")])
+    groups = load_groups([pair("p", "a", "b"), pair("p", "a", "a"), pair("p", "c", "c"), pair(" ", "a", "b")])
     late = BadRow("list:9", "no end-of-turn", "chosen", "x", "y")
     tokens = TokenSet((), bad=(*groups.bad, late), special_text=("list:1",))
     found = audit(groups, tokens, budget=(9, 9), on_overlong="drop")

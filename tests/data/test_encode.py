@@ -17,6 +17,7 @@ from prefopt.data import token_cache
 from prefopt.data.encode import TokenGroup, TokenSet, encode_groups, end_of_turn_ids, fit_budget, prompt_ids
 from prefopt.data.groups import Feedback, Group, GroupSet, Turn
 from prefopt.data.refusals import Reason
+from prefopt.data.shapes import load_groups
 from prefopt.data.token_cache import cached_encoding, encoding_key
 
 CHAT = (Turn("user", "what is the capital of France?"),)
@@ -391,3 +392,12 @@ def test_a_real_sentencepiece_tokenizer_gives_what_it_gives_for_the_whole_text(s
     )
     ours = [*group.prompt_ids.tolist(), *group.response_ids[0].tolist()]
     assert ours == [*tokenizer(prompt + answer)["input_ids"], tokenizer.eos_token_id]
+
+
+def test_the_prompt_that_is_written_as_nothing_is_the_beginning_of_text_alone() -> None:
+    groups = load_groups([{"prompt": "", "chosen": "It is calm.", "rejected": "It are calm."}])
+    assert any('1 rows have the prompt ""' in note for note in groups.notes)
+    plain = encode_groups(groups, metaspace(), template="plain").groups[0]
+    assert plain.prompt_ids.tolist() == [metaspace().bos_token_id]
+    chat = encode_groups(groups, byte_level())
+    assert not chat.groups and chat.bad[0].reason == "empty prompt"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
+import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -78,3 +81,73 @@ def test_held_out_rows_are_apart_from_the_others(rows: int, held_out: int, seed:
     assert sorted(train + held) == list(range(rows)) and train == sorted(train) and held == sorted(held)
     assert len(held) == min(rows, held_out)
     assert draw_held_out(rows, held_out=held_out, seed=seed) == (train, held)
+
+
+STRATA = st.lists(st.integers(-1, 2), min_size=1, max_size=60)
+
+
+def epoch_order(strata: list[int] | None, seed: int, epoch: int = 0, *, groups: int) -> list[int]:
+    return groups_of_step(
+        epoch, groups=groups, groups_per_step=groups, total_groups=(epoch + 1) * groups, seed=seed, strata=strata
+    )
+
+
+@given(STRATA, st.integers(0, 2**31), st.integers(0, 3))
+@settings(deadline=None)
+def test_any_places_in_a_row_hold_the_strata_in_their_proportion(strata: list[int], seed: int, epoch: int) -> None:
+    """n places hold n * share of a stratum, up to 1 + (K - 2) * share with K strata: at most 1 with two of them."""
+    order = epoch_order(strata, seed, epoch, groups=len(strata))
+    assert sorted(order) == list(range(len(strata)))
+    kinds = set(strata)
+    for kind in kinds:
+        share = strata.count(kind) / len(strata)
+        bound = 1 + (len(kinds) - 2) * share + 1e-9
+        before = [0, *itertools.accumulate(strata[group] == kind for group in order)]
+        for start, end in itertools.combinations(range(len(before)), 2):
+            assert abs(before[end] - before[start] - (end - start) * share) <= bound
+
+
+@given(STRATA, st.integers(0, 2**31))
+@settings(deadline=None)
+def test_strata_keep_the_order_of_their_members(strata: list[int], seed: int) -> None:
+    """They interleave the order that there is without them; a single stratum changes nothing."""
+    count = len(strata)
+    free, spread = (epoch_order(given, seed, 1, groups=count) for given in (None, strata))
+    for kind in set(strata):
+        assert [g for g in spread if strata[g] == kind] == [g for g in free if strata[g] == kind]
+    assert epoch_order([5] * count, seed, 1, groups=count) == free
+
+
+def test_without_strata_the_order_is_a_plain_draw() -> None:
+    for seed, epoch in ((0, 0), (7, 0), (7, 3)):
+        drawn = np.random.default_rng((seed, epoch)).permutation(50).tolist()
+        assert epoch_order(None, seed, epoch, groups=50) == drawn
+
+
+def test_strata_have_an_order_for_every_seed_and_epoch() -> None:
+    strata = [0] * 20 + [1] * 10
+    orders = {tuple(epoch_order(strata, seed, epoch, groups=30)) for seed in (0, 1) for epoch in (0, 1)}
+    patterns = {tuple(strata[group] for group in order) for order in orders}
+    assert len(orders) == 4 and len(patterns) > 1
+    again = epoch_order(strata, 1, 1, groups=30)
+    assert tuple(again) in orders
+
+
+def test_every_step_holds_the_classes_of_unbalanced_labels() -> None:
+    """900 desirable and 100 undesirable rows in steps of 20: 2 of each step, up to 1; a plain draw has steps with none."""
+    strata = [1] * 900 + [0] * 100
+    both = []
+    for given_strata in (strata, None):
+        made = [
+            groups_of_step(step, groups=1000, groups_per_step=20, total_groups=1000, seed=0, strata=given_strata)
+            for step in range(50)
+        ]
+        assert sorted(group for step in made for group in step) == list(range(1000))
+        both.append([sum(strata[group] == 0 for group in step) for step in made])
+    assert min(both[0]) >= 1 and max(both[0]) <= 3
+    assert min(both[1]) == 0
+
+
+def test_strata_of_another_number_of_groups_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 strata for 4 groups"):
+        epoch_order([0, 1, 0], 0, groups=4)

@@ -1,21 +1,19 @@
-"""Closed forms of the pair losses, and what follows from them: gradients, invariances, minima, the optimal policy."""
+"""DPO and IPO: gradients, invariances, minima, the optimal policy; how the objective reads log-ratios from tokens."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefopt.core.errors import ConfigError
-from prefopt.core.facts import LOSSES, loss_facts, resolve_knobs
-from prefopt.objective.apply import Objective, dpo_loss
-from prefopt.objective.pairs import dpo, ipo
+from objective.made_rows import PAIR, group, judged, randoms, said
+from prefopt.objective.apply import Objective, Outcome, dpo_loss
+from prefopt.objective.pairs import dpo, ipo, robust
 
 RATIOS = st.floats(-50, 50).map(lambda value: round(value, 6))
 BETAS = st.floats(0.01, 5).map(lambda value: round(value, 6))
@@ -146,71 +144,60 @@ class TestPublicFunction:
             dpo_loss(pair, pair, **options)
 
 
-class TestFacts:
-    @pytest.mark.parametrize("name", LOSSES)
-    def test_the_table_and_the_function_agree(self, name: str) -> None:
-        facts = loss_facts(name)
-        module, _, function = facts.function.partition(":")
-        parameters = inspect.signature(getattr(importlib.import_module(module), function)).parameters.values()
-        options = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-        # `reduce` is the caller's: it decides what the log-ratios are before the formula sees them
-        assert options == {key: knob.default for key, knob in facts.knobs.items() if key != "reduce"}
-        assert ("reduce" in facts.knobs) is (facts.reduce == "choice")
-        assert facts.name == name and facts.formula and facts.paper and facts.title
-
-    @pytest.mark.parametrize(
-        ("name", "key"), [(name, key) for name, facts in LOSSES.items() for key in facts.knobs if not facts.knobs[key].choices]
-    )
-    def test_every_number_is_held_to_its_range(self, name: str, key: str) -> None:
-        knob = loss_facts(name).knobs[key]
-        outside: list[object] = [float("nan"), "much", True]
-        if math.isfinite(knob.low):
-            outside += [knob.low - 1e-6] + ([knob.low] if knob.low_open else [])
-            if not knob.low_open:
-                assert resolve_knobs(name, {key: knob.low})[key] == knob.low
-        if math.isfinite(knob.high):
-            outside.append(knob.high + 1e-6)
-            assert resolve_knobs(name, {key: knob.high})[key] == knob.high
-        for value in outside:
-            with pytest.raises(ConfigError, match=rf"loss\.{key}"):
-                resolve_knobs(name, {key: value})
-        assert resolve_knobs(name, {key: "0.25"})[key] == 0.25
-
-    def test_a_choice_is_one_of_the_choices(self) -> None:
-        assert resolve_knobs("ipo", {"reduce": "sum"})["reduce"] == "sum"
-        with pytest.raises(ConfigError, match="sum or mean"):
-            resolve_knobs("ipo", {"reduce": "max"})
-
-    def test_an_infinite_beta_is_no_number_to_train_with(self) -> None:
-        with pytest.raises(ConfigError, match=r"loss\.beta"):
-            resolve_knobs("dpo", {"beta": float("inf")})
-
-    def test_unknown_names_get_the_nearest_and_foreign_options_their_owner(self) -> None:
-        with pytest.raises(ConfigError, match='did you mean "dpo"'):
-            Objective("dpoo")
-        with pytest.raises(ConfigError, match='did you mean "label_smoothing"'):
-            Objective("dpo", {"label_smothing": 0.1})
-        with pytest.raises(ConfigError, match="belongs to: dpo"):
-            Objective("ipo", {"label_smoothing": 0.1})
-
-
 class TestObjective:
-    POLICY = torch.tensor([-10.0, -14.0, -30.0, -21.0])
-    REFERENCE = torch.tensor([-12.0, -12.0, -27.0, -25.0])
-    TOKENS = torch.tensor([2.0, 4.0, 3.0, 8.0])
+    """Two pairs: log-ratios 2 and -2 of 2 and 4 tokens, then -3 and 4 of 3 and 8."""
 
-    def test_dpo_sums_over_tokens(self) -> None:
-        outcome = Objective("dpo", {"beta": 0.3})(self.POLICY, self.REFERENCE, self.TOKENS)
-        assert torch.allclose(outcome.loss_G, dpo(torch.tensor([2.0, -3.0]), torch.tensor([-2.0, 4.0]), beta=0.3))
-        assert outcome.chosen_reward_G.tolist() == pytest.approx([0.6, -0.9])
-        assert outcome.rejected_reward_G.tolist() == pytest.approx([-0.6, 1.2])
+    GROUPS = (group(PAIR, 2, 4), group(PAIR, 3, 8))
+    RATIOS = (2.0, -2.0, -3.0, 4.0)
+
+    def judged(self, options: dict[str, Any]) -> Outcome:
+        counts = [2, 4, 3, 8]
+        reference_N = randoms(sum(counts)).detach()
+        ratio_N = torch.cat([torch.full((count,), ratio / count) for ratio, count in zip(self.RATIOS, counts, strict=True)])
+        return judged(options, self.GROUPS, (reference_N + ratio_N.double()).requires_grad_(), reference_N)
+
+    def test_dpo_sums_over_tokens_and_averages_over_pairs(self) -> None:
+        outcome = self.judged({"name": "dpo", "beta": 0.3})
+        wanted = dpo(tensor(2.0, -3.0), tensor(-2.0, 4.0), beta=0.3)
+        assert torch.allclose(outcome.loss_G, wanted) and outcome.loss.item() == pytest.approx(wanted.mean().item())
+        assert outcome.reward_S.tolist() == pytest.approx([0.6, -0.6, -0.9, 1.2])
+        assert outcome.ratio_S.tolist() == pytest.approx(self.RATIOS)
+        assert outcome.tokens_S.tolist() == [2, 4, 3, 8]
 
     def test_ipo_averages_unless_told_to_sum_and_rewards_are_sums_in_both(self) -> None:
-        mean = Objective("ipo")(self.POLICY, self.REFERENCE, self.TOKENS)
-        total = Objective("ipo", {"reduce": "sum"})(self.POLICY, self.REFERENCE, self.TOKENS)
-        assert torch.allclose(mean.loss_G, ipo(torch.tensor([1.0, -1.0]), torch.tensor([-0.5, 0.5])))
-        assert torch.allclose(total.loss_G, ipo(torch.tensor([2.0, -3.0]), torch.tensor([-2.0, 4.0])))
-        assert torch.equal(mean.chosen_reward_G, total.chosen_reward_G)
+        mean, total = self.judged({"name": "ipo"}), self.judged({"name": "ipo", "reduce": "sum"})
+        assert torch.allclose(mean.loss_G, ipo(tensor(1.0, -1.0), tensor(-0.5, 0.5)))
+        assert torch.allclose(total.loss_G, ipo(tensor(2.0, -3.0), tensor(-2.0, 4.0)))
+        assert torch.equal(mean.reward_S, total.reward_S)
+
+    def test_sigmoid_norm_averages(self) -> None:
+        outcome = self.judged({"name": "sigmoid_norm"})
+        assert torch.allclose(outcome.loss_G, dpo(tensor(1.0, -1.0), tensor(-0.5, 0.5), beta=5.0))
+
+    def test_ld_alpha_weighs_the_tokens_beyond_the_length_of_the_shorter_response(self) -> None:
+        """The rejected responses are longer: 2 of 4 tokens count in full, then 3 of 8; each holds the same share."""
+        outcome = self.judged({"name": "dpo", "ld_alpha": 0.4})
+        rejected = tensor(-2.0 * (2 + 0.4 * 2) / 4, 4.0 * (3 + 0.4 * 5) / 8)
+        assert torch.allclose(outcome.loss_G, dpo(tensor(2.0, -3.0), rejected))
+        assert outcome.reward_S.tolist() == pytest.approx([0.2, -0.2, -0.3, 0.4]), "a reward is of the whole response"
+
+    def test_a_divergence_reads_the_ratio_of_the_whole_response(self) -> None:
+        """js: log(2 t / (1 + t)) = log 2 + log sigmoid(log t), also where the loss averages over tokens afterwards."""
+        sums = [math.log(2) + log_sigmoid(ratio) for ratio in self.RATIOS]
+        chosen, rejected = tensor(*sums[::2]), tensor(*sums[1::2])
+        outcome = self.judged({"name": "robust", "divergence": "js"})
+        assert torch.allclose(outcome.loss_G, robust(chosen, rejected))
+        outcome = self.judged({"name": "ipo", "divergence": "js"})
+        assert torch.allclose(outcome.loss_G, ipo(chosen / tensor(2.0, 3.0), rejected / tensor(4.0, 8.0)))
+
+    def test_wpo_multiplies_by_the_mean_token_probabilities_of_both_responses(self) -> None:
+        """exp(mean(log p - log sum p^2)) is 1/2 for the one and 1/4 for the other response: weight 1/8, no gradient of it."""
+        policy_N = tensor(math.log(0.5), math.log(0.5), math.log(0.25))
+        heard = said([group(PAIR, 2, 1)], policy_N, torch.zeros(3).double(), log_square_N=torch.zeros(3).double())
+        plain, weighted = (Objective({"name": "dpo", "wpo": wpo})(heard, totals=(1.0,)) for wpo in (False, True))
+        assert weighted.loss.item() == pytest.approx(plain.loss.item() / 8)
+        both = [torch.autograd.grad(outcome.loss, policy_N)[0] for outcome in (plain, weighted)]
+        assert torch.allclose(both[1], both[0] / 8)
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0])

@@ -91,3 +91,41 @@ def test_unusable_arguments_are_refused() -> None:
         label(ROWS, [SCORES[0], [1.0]])
     with pytest.raises(DataError, match="2 rows"):
         label(ROWS, SCORES[:1])
+
+
+def test_a_response_that_was_cut_stays_cut() -> None:
+    """Only the rows with a cut response say so, and they are read back as they were sampled."""
+    rows = [{**ROWS[0], "finished": [True, False, True, True]}, {**ROWS[1], "finished": [True, True]}]
+    result = label(rows, SCORES, how="all-pairs").rows
+    cut = [row for row in result if "b" in (row["chosen"], row["rejected"])]
+    assert [(row["chosen_finished"], row["rejected_finished"]) for row in cut] == [(False, True)] * 3
+    assert all("chosen_finished" not in row and "rejected_finished" not in row for row in result if row not in cut)
+    read = load_groups(result).groups
+    assert [group.finished for group in read] == [(False, True) if row in cut else () for row in result]
+    flipped = label(rows[:1], [[9.0, 4.0, 2.0, 3.0]]).rows[0]
+    assert "chosen_finished" not in flipped
+    assert label(rows[:1], [[9.0, 0.0, 2.0, 3.0]]).rows[0]["rejected_finished"] is False
+    for wrong in ([True], "yes", [1, 1, 1, 1]):
+        with pytest.raises(DataError, match="row 0: 4 responses, and finished is"):
+            label([{**ROWS[0], "finished": wrong}], SCORES[:1])
+
+
+def test_scores_keep_every_different_response_of_a_prompt_in_one_row() -> None:
+    rows = [
+        {"prompt": "p", "responses": ["a", "b", "a", " ", "c"], "finished": [True, True, True, True, False]},
+        {"prompt": [{"role": "user", "content": "q"}], "responses": ["x", "y"]},
+        {"prompt": "r", "responses": ["x", "y"]},
+    ]
+    result = label(rows, [[1.0, 3.0, 1.0, 9.0, 2.0], [0.5, 0.25], [1.0, 1.0]], how="scores")
+    assert result.rows == [
+        {"prompt": "p", "responses": ["a", "b", "c"], "scores": [1.0, 3.0, 2.0], "finished": [True, True, False]},
+        {
+            "prompt": [{"role": "user", "content": "q"}],
+            "responses": [[{"role": "assistant", "content": "x"}], [{"role": "assistant", "content": "y"}]],
+            "scores": [0.5, 0.25],
+        },
+    ]
+    assert result.skipped == {"identical responses": 1, "empty response": 1, "tie": 1}
+    groups = load_groups(result.rows)
+    assert [group.feedback.scores for group in groups.groups] == [(1.0, 3.0, 2.0), (0.5, 0.25)]
+    assert groups.groups[0].finished == (True, True, False)

@@ -54,7 +54,7 @@ class Poisoned:
 
     def __init__(self, inner: Any, source: str, value: float) -> None:
         self.inner, self.source, self.value = inner, source, value
-        self.identity = inner.identity
+        self.identity, self.model, self.scope = inner.identity, inner.model, inner.scope
 
     def of(self, groups: list[TokenGroup]) -> list[Logps]:
         found = self.inner.of(groups)
@@ -69,9 +69,9 @@ def test_one_micro_batch_of_eight_equals_eight_of_one(tmp_path: Path) -> None:
     small = tiny_training(tiny_config(tmp_path, train={"micro_batch_tokens": 16}))
     assert_close(gradients(large), gradients(small), 1e-5)
     for ours, theirs in zip(run(large), run(small), strict=True):
-        assert ours.pairs.sources == theirs.pairs.sources
-        np.testing.assert_allclose(ours.pairs.loss, theirs.pairs.loss, atol=2e-5)
-        np.testing.assert_allclose(ours.pairs.chosen_logp, theirs.pairs.chosen_logp, atol=2e-4)
+        assert ours.values.sources == theirs.values.sources
+        np.testing.assert_allclose(ours.values.loss, theirs.values.loss, atol=2e-5)
+        np.testing.assert_allclose(ours.values.logp, theirs.values.logp, atol=2e-4)
         assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-3)
     assert_close(weights_of(large), weights_of(small), 1e-4)
 
@@ -122,8 +122,8 @@ def test_rewards_and_logps_of_a_step_are_those_of_a_plain_forward(tmp_path: Path
     for ids, flags, logp, reward, old in zip(
         group.response_ids,
         group.scored,
-        (values.chosen_logp, values.rejected_logp),
-        (values.chosen_reward, values.rejected_reward),
+        values.logp,
+        values.reward,
         before,
         strict=True,
     ):
@@ -132,8 +132,8 @@ def test_rewards_and_logps_of_a_step_are_those_of_a_plain_forward(tmp_path: Path
             logits = training.policy.model(input_ids=row[None], use_cache=False).logits[0, len(group.prompt_ids) - 1 : -1]
         each = torch.log_softmax(logits, dim=-1).gather(1, torch.as_tensor(ids, dtype=torch.long)[:, None])[:, 0]
         total = float(each[torch.as_tensor(flags)].sum())
-        assert logp[0] == pytest.approx(total, abs=1e-3)
-        assert reward[0] == pytest.approx(0.1 * (total - float(old.sum())), abs=1e-3)
+        assert logp == pytest.approx(total, abs=1e-3)
+        assert reward == pytest.approx(0.1 * (total - float(old.sum())), abs=1e-3)
 
 
 def test_activation_checkpointing_gives_the_same_weights(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_cached_reference_trains_like_a_live_one(tmp_path: Path) -> None:
     cached = tiny_training(tiny_config(tmp_path))
     live = tiny_training(tiny_config(tmp_path, reference={"kind": "live", "cache_dir": None}))
     ours, theirs = run(cached), run(live)
-    assert [step.pairs.loss.mean() for step in ours] == pytest.approx([step.pairs.loss.mean() for step in theirs], abs=1e-5)
+    assert [step.values.total for step in ours] == pytest.approx([step.values.total for step in theirs], abs=1e-5)
     assert_close(weights_of(cached), weights_of(live), 1e-4)
 
 

@@ -98,7 +98,10 @@ def label(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="JSONL of preference rows.")],
     how: Annotated[
-        str, typer.Option(help="best-worst, all-pairs, or bradley-terry (labels drawn from sigmoid of the difference).")
+        str,
+        typer.Option(
+            help="best-worst, all-pairs, bradley-terry (labels drawn from sigmoid of the difference), or scores (K responses a row)."
+        ),
     ] = "best-worst",
     scale: Annotated[float, typer.Option(help="bradley-terry: factor of the difference.")] = 1.0,
     min_margin: Annotated[float, typer.Option(help="Skip pairs whose scores are closer than this.")] = 0.0,

@@ -67,9 +67,19 @@ def evaluate(
 
 
 def score(
-    policy: Annotated[str, typer.Argument(help="A run folder, or any model.")],
-    rows: Annotated[str, typer.Argument(metavar="DATA", help="Rows with responses: pairs, rankings, scores, demonstrations.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="JSONL: source, rewards, logps, reference_logps.")],
+    policy: Annotated[
+        str | None, typer.Argument(metavar="POLICY", help="A run folder, or any model; left out with --reward-model.")
+    ] = None,
+    rows: Annotated[
+        str | None, typer.Argument(metavar="DATA", help="Rows with responses: pairs, rankings, scores, demonstrations.")
+    ] = None,
+    *,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="JSONL: source, rewards, logps, reference_logps; or source, scores.")
+    ],
+    reward_model: Annotated[
+        str | None, typer.Option(help="Score with this trained reward model instead of a policy: a run folder, or any model.")
+    ] = None,
     reference: Annotated[str | None, typer.Option(help="Model of the log-ratios; for a run, its own reference.")] = None,
     beta: Annotated[float | None, typer.Option(help="For a run, its own.")] = None,
     tokens: Annotated[bool, typer.Option("--tokens", help="Also the reward of every token, with its text.")] = False,
@@ -77,33 +87,92 @@ def score(
     template: TemplateOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Implicit reward beta * log(policy / reference) of every response."""
+    """Reward of every response: implicit, beta * log(policy / reference), or by a trained reward model.
+
+    prefopt score POLICY DATA -o FILE, or prefopt score --reward-model MODEL DATA -o FILE. With a reward model and rows
+    that prefer some response, it ends with how often the scores agree.
+    """
     from prefopt.core.files import check_writable, whole_file
     from prefopt.core.progress import say, set_quiet
-    from prefopt.data.encode import encode_groups
     from prefopt.data.shapes import load_groups
-    from prefopt.evaluate.implicit import implicit_rewards
-    from prefopt.evaluate.subject import scored_rows, subject_of
-    from prefopt.model.load import load_model
+    from prefopt.evaluate.subject import subject_of
 
     if as_json:
         set_quiet(True)
-    subject = subject_of(policy, reference=reference, beta=beta, output=None)
+    only_policy = {"--reference": reference, "--beta": beta, "--tokens": tokens or None}
+    name, data = _policy_and_rows([word for word in (policy, rows) if word is not None], reward_model, only_policy)
+    subject = subject_of(name, reference=reference, beta=beta, output=None) if name is not None else None
     check_writable(output.parent)
-    groups = load_groups(rows, shape=shape)
-    model = load_model(subject.policy)
-    encoded = encode_groups(groups, model.tokenizer, template=template)
-    ours = model.score(encoded.groups, title="scoring with the policy")
-    theirs = load_model(subject.reference).score(encoded.groups, title="scoring with the reference")
-    rewards = implicit_rewards(ours, theirs, subject.beta)
-    lines = scored_rows(encoded.groups, ours, theirs, rewards, model.tokenizer if tokens else None)
+    groups = load_groups(data, shape=shape)
+    if subject is not None:
+        lines, found = _implicit_rewards(subject, groups, template, tokens)
+    else:
+        lines, found = _trained_scores(str(reward_model), groups, template)
     with whole_file(output) as partial, open(partial, "w", encoding="utf-8") as file:
         for line in lines:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    refused = len(groups.bad) + len(encoded.bad)
+    refused = len(groups.bad) + len(groups.groups) - len(lines)
     say(f"{output}: {len(lines)} rows scored, {refused} refused")
     if as_json:
-        typer.echo(json.dumps({"rows": len(lines), "refused": refused, "beta": subject.beta}))
+        typer.echo(json.dumps({"rows": len(lines), "refused": refused, **found}))
+    elif accuracy := found.get("accuracy"):
+        interval = f"{accuracy['value']:.3f} ({accuracy['low']:.3f} to {accuracy['high']:.3f}, 95 %)"
+        typer.echo(f"accuracy {interval}: the preferred response scores higher, on {accuracy['n']} rows")
+
+
+def _policy_and_rows(given: list[str], reward_model: str | None, only_policy: dict[str, Any]) -> tuple[str | None, str]:
+    """(policy or None, rows) of the positional words. ConfigError for a policy and a reward model, or neither of them."""
+    from prefopt.core.errors import ConfigError
+
+    todo = "Write prefopt score POLICY DATA, or prefopt score --reward-model MODEL DATA."
+    if reward_model is None:
+        if len(given) < 2:
+            raise ConfigError(f"score: neither a policy nor --reward-model is given, only {given}", todo=todo)
+        return given[0], given[1]
+    if len(given) == 2:
+        raise ConfigError(f'score: both a policy ("{given[0]}") and --reward-model ("{reward_model}") are given', todo=todo)
+    if not given:
+        raise ConfigError("score: there are no rows to score", todo=todo)
+    wrong = [name for name, value in only_policy.items() if value is not None]
+    if wrong:
+        raise ConfigError(
+            f"score: {', '.join(wrong)} belongs to the implicit reward of a policy; a reward model has none",
+            todo="Leave it out.",
+        )
+    return None, given[0]
+
+
+def _implicit_rewards(subject: Any, groups: Any, template: str, tokens: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    from prefopt.data.encode import encode_groups
+    from prefopt.evaluate.implicit import implicit_rewards
+    from prefopt.evaluate.subject import scored_rows
+    from prefopt.model.load import load_model
+
+    model = load_model(subject.policy)
+    encoded = encode_groups(groups, model.tokenizer, template=template).groups
+    ours = model.score(encoded, title="scoring with the policy")
+    theirs = load_model(subject.reference).score(encoded, title="scoring with the reference")
+    rewards = implicit_rewards(ours, theirs, subject.beta)
+    return scored_rows(encoded, ours, theirs, rewards, model.tokenizer if tokens else None), {"beta": subject.beta}
+
+
+def _trained_scores(name: str, groups: Any, template: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    from prefopt.core.progress import say
+    from prefopt.data.encode import encode_groups
+    from prefopt.evaluate.ranking import ranking_accuracy
+    from prefopt.model.load import load_reward_model
+
+    model = load_reward_model(name, require_trained=True)
+    encoded = encode_groups(groups, model.tokenizer, template=template).groups
+    fitting = [group for group in encoded if _fits(group, model)]
+    if over := len(encoded) - len(fitting):
+        say(f"{over} row{'s' * (over > 1)} longer than the model's context of {model.context_tokens} tokens")
+    scores = model.score_groups(fitting, title="scoring with the reward model")
+    lines = [
+        {"source": group.source, "scores": [round(float(value), 6) for value in values]}
+        for group, values in zip(fitting, scores, strict=True)
+    ]
+    return lines, {"accuracy": ranking_accuracy(scores, fitting)}
 
 
 def selfcheck(

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from prefopt.cli.data import JsonOption
+
+if TYPE_CHECKING:
+    from prefopt.core.losses.facts import LossFacts
+
+WIDTH = 100
 
 
 def report(
@@ -35,29 +44,88 @@ def report(
 
 
 def losses(
-    name: Annotated[str | None, typer.Argument(help="One loss, with its formula and options.")] = None,
+    name: Annotated[str | None, typer.Argument(help="One loss, with its formula and options; also module:function.")] = None,
+    inputs: Annotated[bool, typer.Option("--inputs", help="List the quantities that a loss of your own may ask for.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """List the losses, or explain one."""
-    from dataclasses import asdict
+    from prefopt.core.errors import ConfigError
+    from prefopt.core.losses.describe import facts_json, inputs_json
+    from prefopt.core.losses.table import LOSSES, loss_facts
 
-    from prefopt.core.facts import LOSSES, loss_facts
-
+    if inputs and name is not None:
+        raise ConfigError(f"losses: --inputs lists all quantities, and {name} is one loss", todo="Leave out one of them.")
+    if inputs:
+        typer.echo(json.dumps(inputs_json(), indent=2) if as_json else "\n".join(_input_lines()))
+        return
     chosen = [loss_facts(name)] if name else list(LOSSES.values())
     if as_json:
-        typer.echo(json.dumps([asdict(facts) for facts in chosen], indent=2))
+        typer.echo(json.dumps([facts_json(facts) for facts in chosen], indent=2, ensure_ascii=False, allow_nan=False))
         return
-    if name is None:
-        for facts in chosen:
-            typer.echo(f"{facts.name:<8} {facts.title}  [{', '.join(facts.accepts)}]")
-        return
-    facts = chosen[0]
-    reference = "needs a reference" if facts.needs_reference else "needs no reference"
-    typer.echo(
-        f"{facts.name}: {facts.title}\n  {facts.formula}\n  {facts.paper}\n  {reference}; rows: {', '.join(facts.accepts)}; since {facts.since}"
-    )
+    typer.echo("\n".join(_loss_lines(chosen[0]) if name else _losses_lines(chosen)))
+
+
+def _losses_lines(losses: Sequence[LossFacts]) -> list[str]:
+    """The list: a heading for each family, one line a loss. On a terminal lines end at its edge."""
+    from prefopt.core.losses.describe import MIXES, by_family, default_text, extra_needs
+
+    width = max(len(facts.name) for facts in losses)
+    lines = []
+    for title, members in by_family(losses).items():
+        lines += ["", title]
+        for facts in members:
+            beta = f"beta {default_text(facts.knobs['beta'])}" if "beta" in facts.knobs else ""
+            more = "; ".join(extra_needs(facts))
+            lines.append(f"  {facts.name:<{width}}  {beta:<9}  {facts.title}{f' [{more}]' if more else ''}")
+    lines += ["", f"One of them: prefopt losses NAME. {MIXES}"]
+    edge = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+    return [line if not edge or len(line) <= edge or not line.startswith(" ") else f"{line[: edge - 1]}…" for line in lines[1:]]
+
+
+def _loss_lines(facts: LossFacts) -> list[str]:
+    """Everything about one loss."""
+    from prefopt.core.losses import describe
+    from prefopt.core.losses.starts import start_loss
+
+    start = start_loss({"name": facts.name})
+    rows = [
+        ("paper", facts.paper),
+        ("learns from", describe.accepts_text(facts)),
+        ("needs", describe.needs_text(facts)),
+        ("reward", describe.reward_text(facts)),
+        ("tokens", describe.tokens_text(facts)),
+        ("mean over", describe.unit_text(facts)),
+        ("a step", describe.coupling_text(facts)),
+        *([] if start is None else [("starts at", f"{start:.4g}, with default options, where policy and reference are equal")]),
+        *([] if ":" in facts.name else [("since", facts.since)]),
+    ]
+    lines = [f"{facts.name}: {facts.title}", "", *_hanging("  ", facts.formula), ""]
+    for key, value in rows:
+        lines += _hanging(f"  {key:<13}", value)
     for key, knob in facts.knobs.items():
-        typer.echo(f"  loss.{key} = {knob.default}: {knob.about}")
+        lines += ["", f"  loss.{key} = {describe.default_text(knob)}   ({describe.range_text(knob)})"]
+        lines += _hanging("      ", describe.knob_text(knob))
+    return lines
+
+
+def _input_lines() -> list[str]:
+    """The quantities by the rows that have them, each with what else it needs."""
+    from prefopt.core.losses.describe import SHAPES, input_text, inputs_by_kinds, kinds_text
+    from prefopt.core.losses.facts import INPUTS
+
+    width = max(len(name) for name in INPUTS)
+    lines = textwrap.wrap(f"Positional parameters of a loss of your own. {SHAPES}", WIDTH)
+    for kinds, quantities in inputs_by_kinds().items():
+        lines += ["", f"of {kinds_text(kinds)}"]
+        for name, quantity in quantities.items():
+            needs = input_text(quantity)
+            lines += _hanging(f"  {name:<{width}}  ", quantity.about + (f" [needs {needs}]" if needs else ""))
+    return lines
+
+
+def _hanging(start: str, text: str) -> list[str]:
+    """`text` behind `start`, wrapped below its beginning."""
+    return textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False)
 
 
 def runs(

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from prefopt.core.errors import ConfigError
-from prefopt.core.facts import loss_facts, resolve_knobs
+from prefopt.core.losses.facts import LossFacts
+from prefopt.core.losses.table import Part, resolve_parts
 
 IN_MEMORY = "(in memory)"  # data.train or data.eval of rows that were given as an object
 
@@ -34,6 +35,30 @@ class Section(BaseModel):
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
+class LoraConfig(Section):
+    """A low-rank adapter: each target computes W x + alpha / r * B A x, and only A and B train (arXiv 2106.09685)."""
+
+    r: int = Field(16, ge=1, description="Rank of B A.")
+    alpha: float = Field(32.0, gt=0, description="B A is scaled by alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of the adapter's input while training.")
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear",
+        description="all-linear: every linear layer but the output head; or a list of module names or their ends, [q_proj, v_proj].",
+    )
+    save: Literal["adapter", "merged"] = Field(
+        "adapter",
+        description="What a checkpoint holds. adapter: A and B, a few MB, in peft's layout; merged: a plain model, W + alpha / r * B A.",
+    )
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        names = list(value) if isinstance(value, list | tuple | set) else None
+        if value != "all-linear" and not (names and all(isinstance(name, str) and name for name in names)):
+            raise PydanticCustomError("targets", "should be all-linear or a list of module names such as [q_proj, v_proj]")
+        return value if names is None else tuple(sorted(set(names)))
+
+
 class ModelConfig(Section):
     """The policy that is trained."""
 
@@ -42,6 +67,9 @@ class ModelConfig(Section):
     )
     revision: str | None = Field(None, description="Branch, tag or commit on the Hub.")
     trust_remote_code: bool = Field(False, description="Run model code that comes with the weights.")
+    lora: LoraConfig | None = Field(
+        None, description="Train a low-rank adapter instead of all weights: a section, {} for its defaults; null: all weights."
+    )
 
 
 class DataConfig(Section):
@@ -58,6 +86,10 @@ class DataConfig(Section):
     template: str = Field(
         "auto",
         description="auto: the model's chat template where it has one, else plain text; chat; plain; or a .jinja file.",
+    )
+    train_on: Literal["all", "last"] = Field(
+        "all",
+        description="Which assistant turns of a response carry loss: all, or the last one only. Turns of users and tools never do.",
     )
     max_rows: int | None = Field(None, ge=1, description="Use only the first rows.")
     max_prompt_tokens: int | None = Field(
@@ -77,31 +109,76 @@ class DataConfig(Section):
 
 
 class LossConfig(BaseModel):
-    """The objective: a name of the loss table and its options."""
+    """The objective: a loss and its options, or a weighted sum of losses: `{dpo: 1.0, sft: 0.2, beta: 0.1}`."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    name: str = Field("dpo", description="Which loss; all of them: prefopt losses.")
+    name: str | None = Field(
+        None,
+        description="Which loss, by default dpo; all of them: prefopt losses. Your own: module:function. A mix: a weight for each.",
+    )
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        resolve_knobs(self.name, dict(self.model_extra or {}))
+        resolve_parts(self._given)
         return self
 
     @property
-    def knobs(self) -> dict[str, float | str]:
-        """Every option of the loss, with its defaults filled in."""
-        return resolve_knobs(self.name, dict(self.model_extra or {}))
+    def _given(self) -> dict[str, Any]:
+        return {**({} if self.name is None else {"name": self.name}), **(self.model_extra or {})}
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The losses of the sum, each with its weight and every option."""
+        return resolve_parts(self._given)
+
+    @property
+    def title(self) -> str:
+        """`dpo`, or `dpo + sft` for a mix."""
+        return " + ".join(part.name for part in self.parts)
+
+    @property
+    def beta(self) -> float | None:
+        """The beta of the first part whose loss has an implicit reward and a beta; None where none has."""
+        values = [part.knobs["beta"] for part in self.parts if part.facts.implicit_reward != "none" and "beta" in part.knobs]
+        return float(values[0]) if values else None
+
+    @property
+    def facts(self) -> tuple[LossFacts, ...]:
+        """Facts of each part."""
+        return tuple(part.facts for part in self.parts)
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(facts.needs_reference for facts in self.facts)
+
+    def resolved(self) -> dict[str, Any]:
+        """The section with every option written out."""
+        parts = self.parts
+        if len(parts) == 1 and parts[0].weight == 1.0:
+            return {"name": parts[0].name, **parts[0].knobs}
+        return {part.name: {"weight": part.weight, **part.knobs} for part in parts}
 
 
 class ReferenceConfig(Section):
-    """The frozen reference of the log-ratios."""
+    """The reference of the log-ratios."""
 
-    kind: Literal["cached", "live"] = Field(
-        "cached", description="cached: log-probs computed once and kept on disk; live: a second model in memory."
+    kind: Literal["auto", "cached", "live", "adapter-off", "none", "tr-dpo", "ema"] = Field(
+        "auto",
+        description="auto: what the loss needs, cached where that serves. cached: log-probs computed once and kept on disk;"
+        " live: a second model in memory; adapter-off: the policy without its LoRA adapter; none: for losses without a"
+        " reference; tr-dpo: live, moved towards the policy every sync_every_steps (arXiv 2404.09656); ema: live, an"
+        " exponential moving average of the policy.",
     )
     model: str | None = Field(None, description="Another reference than the policy's first weights: folder, Hub id or .gguf.")
     cache_dir: str | None = Field(None, description="Folder of the cache; by default below $PREFOPT_CACHE or ~/.cache/prefopt.")
+    sync_every_steps: int | None = Field(None, ge=1, description="tr-dpo: optimizer steps between updates; by default 512.")
+    sync_mix: float | None = Field(
+        None, gt=0, le=1, description="tr-dpo: share of the policy in an update; 1 is a hard update. By default 0.6."
+    )
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="ema: share of the old reference kept at each step; by default 0.99."
+    )
 
 
 class TrainConfig(Section):
@@ -132,6 +209,7 @@ class TrainConfig(Section):
     eval_every_steps: int | None = Field(
         None, ge=1, description="Held-out evaluation; by default four times, evenly, the last at the end."
     )
+    eval_at_start: bool = Field(True, description="Also evaluate before the first step: what the others are compared with.")
     save_every_steps: int | None = Field(None, ge=1, description="Checkpoints; by default only at the end and on Ctrl-C.")
     keep_last: int = Field(1, ge=1, description="Checkpoints to keep, newest first.")
     keep_best: bool = Field(False, description="Also keep the checkpoint with the lowest held-out loss.")
@@ -151,37 +229,25 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
-        if self.data.eval is not None and self.data.eval_rows:
-            raise ConfigError(
-                "data.eval and data.eval_rows are both set: held-out rows come from one of them",
-                todo="Remove data.eval_rows to use the file, or data.eval to draw from data.train.",
-            )
-        has_eval = self.data.eval is not None or self.data.eval_rows > 0
-        if self.train.keep_best and not has_eval:
-            raise ConfigError(
-                "train.keep_best needs held-out rows to compare checkpoints, and there are none",
-                todo="Set data.eval=FILE or data.eval_rows=200, or remove train.keep_best.",
-            )
-        if self.train.eval_every_steps and not has_eval:
-            raise ConfigError(
-                "train.eval_every_steps is set and there are no held-out rows",
-                todo="Set data.eval=FILE or data.eval_rows=200, or remove train.eval_every_steps.",
-            )
-        if self.reference.kind == "live" and self.reference.cache_dir is not None:
-            raise ConfigError(
-                "reference.cache_dir is set and reference.kind is live: a live reference has no cache",
-                todo="Remove reference.cache_dir, or use reference.kind=cached.",
-            )
-        facts = loss_facts(self.loss.name)
-        if self.reference.model is not None and not facts.needs_reference:
-            raise ConfigError(
-                f'reference.model is set and the loss "{self.loss.name}" uses no reference',
-                todo="Remove reference.model or choose a loss with a reference: prefopt losses",
-            )
+        from prefopt.core.checks import check_combinations
+
+        check_combinations(self)
         return self
+
+    @property
+    def reference_kind(self) -> str:
+        """reference.kind with `auto` decided: what the loss needs, cached where that serves."""
+        if self.reference.kind != "auto":
+            return self.reference.kind
+        if not self.loss.needs_reference:
+            return "none"
+        if any(facts.needs_live_reference for facts in self.loss.facts):
+            return "adapter-off" if self.model.lora is not None and self.reference.model is None else "live"
+        return "cached"
 
     def resolved(self) -> dict[str, Any]:
         """Plain values of every field, the loss's options included, as saved in `config.json`."""
         values: dict[str, Any] = self.model_dump(mode="json")
-        values["loss"] = {"name": self.loss.name, **self.loss.knobs}
+        values["loss"] = self.loss.resolved()
+        values["reference"]["kind"] = self.reference_kind
         return values

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from prefopt.core.config import LossConfig, RunConfig
 from prefopt.core.errors import ConfigError, nearest
-from prefopt.core.facts import LOSSES
+from prefopt.core.losses.describe import default_text, knob_text, range_text
+from prefopt.core.losses.facts import Knob
+from prefopt.core.losses.table import LOSSES
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -52,18 +55,22 @@ def parse_override(word: str) -> tuple[list[str], Any]:
     return key.split("."), value
 
 
+def set_option(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    """Put `value` at `path` into the nested mapping `values`; ConfigError where a part of the path is a value."""
+    for part in path[:-1]:
+        if values.get(part) is None:  # absent, or switched off: model.lora=null
+            values[part] = {}
+        values = values[part]
+        if not isinstance(values, dict):
+            raise ConfigError(f'{".".join(path)}: "{part}" is a value, not a section', todo=_sections())
+    values[path[-1]] = value
+
+
 def resolve_config(recipe: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "") -> RunConfig:
     """The RunConfig of `recipe` with `overrides` laid over it. `source` names the recipe in errors."""
-    values: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in recipe.items()}
+    values: dict[str, Any] = copy.deepcopy(dict(recipe))
     for word in overrides:
-        path, value = parse_override(word)
-        target = values
-        for part in path[:-1]:
-            inner = target.setdefault(part, {})
-            if not isinstance(inner, dict):
-                raise ConfigError(f'"{word}": {part} is a value, not a section', todo=_sections())
-            target = inner
-        target[path[-1]] = value
+        set_option(values, *parse_override(word))
     where = f" ({source})" if source else ""
     try:
         return RunConfig.model_validate(values)
@@ -91,10 +98,19 @@ def _section(path: list[str]) -> type[BaseModel] | None:
     model: type[BaseModel] = RunConfig
     for part in path:
         field = model.model_fields.get(part)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        inner = _section_type(field.annotation) if field is not None else None
+        if inner is None:
             return None
-        model = field.annotation
+        model = inner
     return model
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, also where it can be switched off with null; None for a plain value."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
 
 
 def _known_keys(path: list[str]) -> list[str]:
@@ -103,13 +119,28 @@ def _known_keys(path: list[str]) -> list[str]:
 
 
 def _field_about(path: list[str]) -> str:
-    model = _section(path[:1])
-    field = model.model_fields.get(path[1]) if model is not None and len(path) > 1 else None
-    return (field.description or "") if field is not None else ""
+    about = ""
+    for depth, part in enumerate(path):
+        model = _section(path[:depth])
+        field = model.model_fields.get(part) if model is not None else None
+        if field is None:
+            break
+        about = field.description or ""
+    return about
 
 
 def _sections() -> str:
     return f"Sections: {', '.join(RunConfig.model_fields)}."
+
+
+def _options(section: str, model: type[BaseModel]) -> list[tuple[str, str, str]]:
+    rows = []
+    for key, field in model.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        rows.append((f"{section}.{key}", repr(default) if isinstance(default, str) else str(default), field.description or ""))
+        inner = _section_type(field.annotation)
+        rows += _options(f"{section}.{key}", inner) if inner is not None else []
+    return rows
 
 
 def option_table() -> list[tuple[str, str, str]]:
@@ -118,13 +149,33 @@ def option_table() -> list[tuple[str, str, str]]:
     for section, section_field in RunConfig.model_fields.items():
         model = section_field.annotation
         assert isinstance(model, type) and issubclass(model, BaseModel)
-        for key, field in model.model_fields.items():
-            default = field.get_default(call_default_factory=True)
-            rows.append(
-                (f"{section}.{key}", repr(default) if isinstance(default, str) else str(default), field.description or "")
-            )
-        if model is LossConfig:
-            for facts in LOSSES.values():
-                for key, knob in facts.knobs.items():
-                    rows.append((f"{section}.{key}", str(knob.default), f"{facts.name}: {knob.about}"))
+        rows += _options(section, model)
+        rows += _loss_options() if model is LossConfig else []
     return rows
+
+
+def _loss_options() -> list[tuple[str, str, str]]:
+    """Options of the losses, each once for all losses for which it means the same, with their names."""
+    users: dict[str, dict[Knob, list[str]]] = {}
+    for facts in LOSSES.values():
+        for key, knob in facts.knobs.items():
+            users.setdefault(key, {}).setdefault(knob, []).append(facts.name)
+    rows = [_beta(users.pop("beta"))]
+    for key, meanings in users.items():
+        for knob, names in meanings.items():
+            about = knob_text(knob) + ("" if isinstance(knob.default, bool) else f" ({range_text(knob)})")
+            few = len(names) <= 4
+            about = f"{', '.join(names)}: {about}" if few else f"{about}. Of {', '.join(names)}."
+            rows.append((f"loss.{key}", default_text(knob), about))
+    return rows
+
+
+def _beta(meanings: Mapping[Knob, Sequence[str]]) -> tuple[str, str, str]:
+    """beta means something else in nearly every loss: which have another default than dpo, and where the reasons are."""
+    usual = LOSSES["dpo"].knobs["beta"].default
+    others: dict[str, list[str]] = {}
+    for knob, names in meanings.items():
+        if knob.default != usual:
+            others.setdefault(default_text(knob), []).extend(names)
+    listed = "; ".join(f"{default} for {', '.join(others[default])}" for default in sorted(others, key=float))
+    return "loss.beta", f"{usual:g}", f"Strength of the loss; {listed}. What it means and why: prefopt losses NAME."

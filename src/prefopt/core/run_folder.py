@@ -117,7 +117,7 @@ def find_runs(root: Path) -> list[RunFolder]:
 
 def environment() -> dict[str, Any]:
     """Versions, platform and command line, for `env.json`."""
-    packages = ("prefopt", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+    packages = ("prefopt", "torch", "transformers", "tokenizers", "safetensors", "peft", "numpy")
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from prefopt.core.files import digest
 from prefopt.core.statistics import wilson
 from prefopt.data.encode import TokenSet
+from prefopt.data.feedback_audit import feedback_lines, feedback_summary
 from prefopt.data.groups import BadRow, Group, GroupSet, Turn
 
 EXAMPLES = 3
@@ -42,7 +43,8 @@ def audit(
         "contradictions": _contradictions(groups.groups),
         "tokens": _token_lengths(tokens),
         "truncation": _truncation(tokens, budget, on_overlong),
-        "length_bias": length_bias(*_pair_lengths(tokens)),
+        "feedback": feedback_summary(tokens),
+        "length_bias": length_bias(*_pair_lengths(tokens, ties=False)),
         "leakage": None if against is None else _leakage(groups, against),
         "special_text": {"rows": len(tokens.special_text), "examples": list(tokens.special_text[:EXAMPLES])},
     }
@@ -68,7 +70,7 @@ def preferences(group: Group) -> Iterator[tuple[str, str]]:
     """(better, worse) of the group's responses, as digests. A label compares its response with "", that is with none."""
     keys = [_text_key(response) for response in group.responses]
     feedback = group.feedback
-    if feedback.kind == "pair":
+    if feedback.kind == "pair" and not feedback.tie:
         yield keys[0], keys[1]
     elif feedback.kind == "label":
         yield (keys[0], "") if feedback.label else ("", keys[0])
@@ -125,9 +127,10 @@ def _whole_key(group: Group) -> str:
     return digest(_prompt_key(group), *sorted(_text_key(response) for response in group.responses))
 
 
-def _pair_lengths(tokens: TokenSet) -> tuple[Lengths, Lengths]:
-    """Tokens of chosen and of rejected, for every pair."""
-    pairs = [[len(ids) for ids in group.response_ids] for group in tokens.groups if group.feedback.kind == "pair"]
+def _pair_lengths(tokens: TokenSet, *, ties: bool) -> tuple[Lengths, Lengths]:
+    """Tokens of chosen and of rejected, for every pair, with or without the tied ones."""
+    groups = (group for group in tokens.groups if group.feedback.kind == "pair" and (ties or not group.feedback.tie))
+    pairs = [[len(ids) for ids in group.response_ids] for group in groups]
     table = np.array(pairs, dtype=np.int64).reshape(-1, 2)
     return table[:, 0], table[:, 1]
 
@@ -138,7 +141,7 @@ def _token_lengths(tokens: TokenSet) -> dict[str, Any]:
         return {}
     prompt = np.array([len(group.prompt_ids) for group in tokens.groups], dtype=np.int64)
     others = [len(ids) for group in tokens.groups if group.feedback.kind != "pair" for ids in group.response_ids]
-    chosen, rejected = _pair_lengths(tokens)
+    chosen, rejected = _pair_lengths(tokens, ties=True)
     found = {"prompt": _statistics(prompt, _edges(prompt))}
     if len(chosen):
         edges = _edges(np.concatenate((chosen, rejected)))
@@ -210,11 +213,12 @@ def audit_lines(audit: dict[str, Any]) -> list[str]:
         f"refused rows: {sum(entry['count'] for entry in refused.values())}",
     ]
     lines += _refused_lines(refused)
-    for key, about in (
-        ("duplicates", "rows that repeat an earlier row"),
-        ("contradictions", "two responses preferred both ways"),
-    ):
-        lines.append(_counted(audit[key]["count"], about, audit[key]["examples"]))
+    abouts = {"duplicates": "rows that repeat an earlier row"}
+    if audit["shape"] != "demonstration":
+        labelled = audit["shape"] == "label"
+        abouts["contradictions"] = "responses labelled both ways" if labelled else "two responses preferred both ways"
+    lines += [_counted(audit[key]["count"], about, audit[key]["examples"]) for key, about in abouts.items()]
+    lines += feedback_lines(audit["feedback"])
     lines += _length_lines(audit["tokens"])
     lines += _budget_lines(audit["truncation"], audit["groups"])
     lines += _bias_lines(audit["length_bias"])

@@ -8,25 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prefopt.core.config import DataConfig
 from prefopt.core.errors import ConfigError, DataError, ModelError
-from prefopt.data.groups import BadRow, Feedback, Group, GroupSet, Turn
+from prefopt.data.groups import NO_PROMPT, BadRow, Feedback, Group, GroupSet, Turn
+from prefopt.data.refusals import Reason
 from prefopt.data.render import Piece, Renderer, UnusableTemplate, make_renderer
 
 Ids = NDArray[np.int32]
 Flags = NDArray[np.bool_]
+TrainOn = Literal["all", "last"]
 
 
 @dataclass(frozen=True, slots=True)
 class TokenGroup:
     """A group as token ids: one prompt, K responses, and which response tokens carry loss (`scored`).
 
-    `finished[k]` says whether response k ends with the end-of-turn token (truncated ones do not).
+    `finished[k]` says whether response k ends with the end-of-turn token (what was cut at a token limit does not).
     """
 
     prompt_ids: Ids
@@ -35,6 +37,7 @@ class TokenGroup:
     feedback: Feedback
     source: str = ""
     finished: tuple[bool, ...] = ()
+    mismatched: TokenGroup | None = None
 
     @property
     def unique_tokens(self) -> int:
@@ -52,11 +55,12 @@ class TokenSet:
     truncated: tuple[str, ...] = ()
 
 
-def encode_groups(groups: GroupSet, tokenizer: Any, *, template: str = "auto") -> TokenSet:
+def encode_groups(groups: GroupSet, tokenizer: Any, *, template: str = "auto", train_on: TrainOn = "all") -> TokenSet:
     """Token ids of every group, at full length.
 
-    `template`: auto, chat, plain, or the path of a .jinja file. Raises ModelError where chat rows meet a model
-    without a template. Rows that the template cannot render become BadRows.
+    `template`: auto, chat, plain, or the path of a .jinja file. `train_on`: whether all assistant turns of a response
+    carry loss or its last one only. Raises ModelError where chat rows meet a model without a template. Rows that the
+    template cannot render become BadRows.
     """
     encoder = TextEncoder(tokenizer)
     rendered: list[tuple[Group, Piece, list[list[Piece]]]] = []
@@ -66,12 +70,19 @@ def encode_groups(groups: GroupSet, tokenizer: Any, *, template: str = "auto") -
         if group.form not in renderers:
             renderers[group.form] = make_renderer(tokenizer, template=template, form=group.form)
         renderer = renderers[group.form]
+        if group.prompt == NO_PROMPT and not renderer.is_plain:
+            expected = "a prompt with text; the chat template has no place for none"
+            bad.append(BadRow(group.source, Reason.EMPTY_PROMPT, "prompt", '""', expected))
+            continue
         try:
             prompt = renderer.prompt(group.prompt, group.tools)
             responses = [renderer.response(group.prompt, turns, group.tools) for turns in group.responses]
         except UnusableTemplate as error:
             bad.append(BadRow(group.source, error.reason, "messages", error.found, error.expected))
             continue
+        for response, done in zip(responses, _finished(group), strict=True):
+            if not done:
+                response[-1] = renderer.without_end(response[-1])
         rendered.append((group, prompt, responses))
     encoder.learn(piece for _, prompt, responses in rendered for piece in (prompt, *(p for r in responses for p in r)))
     encoded = []
@@ -81,7 +92,15 @@ def encode_groups(groups: GroupSet, tokenizer: Any, *, template: str = "auto") -
         if not len(prompt_ids):
             bad.append(BadRow(group.source, "empty prompt", "prompt", "no tokens", "a prompt or a beginning-of-text token"))
             continue
-        built = [_join(response, encoder, prompt.end_of_turn) for response in responses]
+        finished = _finished(group)
+        built = [
+            _join(response, encoder, finished=done, train_on=train_on)
+            for response, done in zip(responses, finished, strict=True)
+        ]
+        if not all(flags.any() for _, flags in built):
+            expected = "an unfinished response with text"
+            bad.append(BadRow(group.source, Reason.EMPTY_RESPONSE, "responses", "no tokens of the assistant", expected))
+            continue
         if prompt.has_literal or any(piece.has_literal for response in responses for piece in response):
             special.append(group.source)
         encoded.append(
@@ -91,29 +110,36 @@ def encode_groups(groups: GroupSet, tokenizer: Any, *, template: str = "auto") -
                 scored=tuple(flags for _, flags in built),
                 feedback=group.feedback,
                 source=group.source,
-                finished=(True,) * len(built),
+                finished=finished,
             )
         )
     return TokenSet(groups=tuple(encoded), bad=tuple(bad), special_text=tuple(special))
 
 
-def _join(pieces: Sequence[Piece], encoder: TextEncoder, end_of_turn: int) -> tuple[Ids, Flags]:
-    """Ids and loss flags of a response: loss on each assistant turn up to its end-of-turn token, which ends the last."""
+def _finished(group: Group) -> tuple[bool, ...]:
+    return group.finished or (True,) * len(group.responses)
+
+
+def _join(pieces: Sequence[Piece], encoder: TextEncoder, *, finished: bool, train_on: TrainOn) -> tuple[Ids, Flags]:
+    """Ids and loss flags of a response: loss on each assistant turn up to and with its end-of-turn token.
+
+    That token ends a response that is `finished`, and only that.
+    """
     ids: list[Ids] = []
     flags: list[Flags] = []
     for number, piece in enumerate(pieces):
+        last = number == len(pieces) - 1
         piece_ids = encoder.continuation(piece)
-        piece_flags = np.full(len(piece_ids), piece.scored)
-        if piece.scored:
-            ends = np.flatnonzero(piece_ids == end_of_turn)
-            last = number == len(pieces) - 1
-            if len(ends):
-                piece_flags[ends[-1] + 1 :] = False
-                if last:
-                    piece_ids, piece_flags = piece_ids[: ends[-1] + 1], piece_flags[: ends[-1] + 1]
-            elif last:
-                piece_ids = np.append(piece_ids, np.int32(end_of_turn))
+        piece_flags = np.full(len(piece_ids), piece.scored and (last or train_on == "all"))
+        ends = np.flatnonzero((piece_ids == piece.end_of_turn) & piece.scored)
+        if last and finished:
+            whole = ends[-1] + 1 if len(ends) else len(piece_ids)
+            piece_ids, piece_flags = piece_ids[:whole], piece_flags[:whole]
+            if not len(ends):
+                piece_ids = np.append(piece_ids, np.int32(piece.end_of_turn))
                 piece_flags = np.append(piece_flags, True)
+        elif len(ends):
+            piece_flags[ends[-1] + 1 :] = False
         ids.append(piece_ids)
         flags.append(piece_flags)
     return np.concatenate(ids).astype(np.int32), np.concatenate(flags)

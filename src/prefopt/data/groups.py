@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from prefopt.core.facts import Kind
+from prefopt.core.losses.facts import Kind
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
@@ -19,12 +19,16 @@ class Turn:
     tool_calls: str = ""
 
 
+NO_PROMPT = (Turn("user", ""),)  # a prompt that is written as "": responses are plain text that follows nothing
+
+
 @dataclass(frozen=True, slots=True)
 class Feedback:
     """What is known about the responses of a group.
 
-    pair: responses are (chosen, rejected), with an optional margin, probability that chosen is better, and weight.
-    label: one response, desirable or not. ranking: 1 is best, one rank a response. scores: higher is better.
+    pair: responses are (chosen, rejected), with an optional margin, probability that chosen is better, and weight; with
+    `tie` neither is better. label: one response, desirable or not. ranking: 1 is best, one rank a response. scores:
+    higher is better.
     """
 
     kind: Kind
@@ -34,6 +38,7 @@ class Feedback:
     weight: float = 1.0
     ranking: tuple[int, ...] = ()
     scores: tuple[float, ...] = ()
+    tie: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +47,8 @@ class Group:
 
     `form` says how the row was written, which decides how it is rendered without a chat template: "text" (one user
     turn that is a plain string, responses that are plain strings), "hh" (`\\n\\nHuman:` transcripts), "messages".
-    `source` names the row in errors: `file:line`. `tools` is the JSON text of tool schemas, "" without any.
+    `source` names the row in errors: `file:line`. `tools` is the JSON text of tool schemas, "" without any. `finished`
+    says of each response whether it came to its end or was cut at a token limit; () where all did.
     """
 
     prompt: tuple[Turn, ...]
@@ -51,6 +57,7 @@ class Group:
     form: Literal["text", "hh", "messages"] = "messages"
     source: str = ""
     tools: str = ""
+    finished: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 def total_steps(groups: int, *, epochs: float, groups_per_step: int, max_steps: int | None) -> int:
@@ -13,18 +14,45 @@ def total_steps(groups: int, *, epochs: float, groups_per_step: int, max_steps: 
     return max_steps if max_steps is not None else max(1, math.ceil(round(groups * epochs) / groups_per_step))
 
 
-def groups_of_step(step: int, *, groups: int, groups_per_step: int, total_groups: int, seed: int) -> list[int]:
+def groups_of_step(
+    step: int, *, groups: int, groups_per_step: int, total_groups: int, seed: int, strata: Sequence[int] | None = None
+) -> list[int]:
     """Indices of the groups of optimizer step `step` (from 0), drawn without replacement within each epoch.
 
     A function of its arguments alone, so that a resumed run sees the same groups as an unbroken one. `total_groups`
-    bounds the last step of a run that is measured in epochs.
+    bounds the last step of a run that is measured in epochs. With `strata`, a number for each group, every epoch spreads
+    the groups of each number evenly, so that each step holds them in nearly their proportion (`_spread` says how nearly).
     """
     first = step * groups_per_step
     wanted = range(first, min(first + groups_per_step, total_groups))
-    orders = {
-        epoch: np.random.default_rng((seed, epoch)).permutation(groups) for epoch in {place // groups for place in wanted}
-    }
+    orders = {epoch: _order(groups, seed, epoch, strata) for epoch in {place // groups for place in wanted}}
     return [int(orders[place // groups][place % groups]) for place in wanted]
+
+
+def _order(groups: int, seed: int, epoch: int, strata: Sequence[int] | None) -> NDArray[np.int64]:
+    random = np.random.default_rng((seed, epoch))
+    shuffled = random.permutation(groups)
+    return shuffled if strata is None else _spread(shuffled, strata, random)
+
+
+def _spread(shuffled: NDArray[np.int64], strata: Sequence[int], random: np.random.Generator) -> NDArray[np.int64]:
+    """`shuffled` with the n_s members of each stratum s, in their order there, at the times (j + u_s) / n_s of [0, 1].
+
+    u_s is drawn from [0, 1), j counts from 0. A law of this order: with K strata, any n places in a row hold n * p_s
+    members of a stratum whose share is p_s, up to 1 + (K - 2) * p_s: at most 1 with two strata. The n places are an
+    interval of time of some length d. Neighbours of a stratum are 1 / n_s apart, so its count there is n_s * d + e_s
+    with |e_s| <= 1. All counts add up to n, so n = N * d + the sum of all e, and the count less n * p_s is
+    (1 - p_s) * e_s - p_s * (the sum of the other e), which is at most (1 - p_s) + p_s * (K - 1).
+    """
+    numbers = np.asarray(strata)
+    if numbers.shape != shuffled.shape:
+        raise ValueError(f"{len(numbers)} strata for {len(shuffled)} groups")
+    numbers = numbers[shuffled]
+    times = np.empty(len(shuffled))
+    for number in np.unique(numbers):
+        members = np.flatnonzero(numbers == number)
+        times[members] = (np.arange(len(members)) + random.random()) / len(members)
+    return shuffled[np.argsort(times, kind="stable")]
 
 
 def micro_batches(lengths: Sequence[int], *, budget_tokens: int) -> list[list[int]]:

@@ -43,7 +43,7 @@ EXPLANATIONS: dict[Reason, str] = {
     Reason.NOT_AN_OBJECT: "the row is not a set of named fields, or has not the columns of its header",
     Reason.NO_ASSISTANT_TURN: "a response has to begin and end with a turn of the assistant",
     Reason.NO_END_OF_TURN: "the chat template does not end the response with an end-of-turn token",
-    Reason.BAD_LABEL: "the label is not true or false",
+    Reason.BAD_LABEL: "label or tie is not true or false",
     Reason.BAD_SCORES: "scores, ranking, margin, weight or probability is not a usable number or list of numbers",
     Reason.TIED_SCORES: "two responses have the same rank",
 }

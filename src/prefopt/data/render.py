@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,6 +51,7 @@ class Renderer(Protocol):
     """Renders prompts and responses for one tokenizer."""
 
     end_of_turn: int
+    is_plain: bool
 
     def prompt(self, turns: Sequence[Turn], tools: str) -> Piece:
         """The prompt up to the place where the assistant starts to write."""
@@ -58,6 +59,10 @@ class Renderer(Protocol):
 
     def response(self, prompt: Sequence[Turn], turns: Sequence[Turn], tools: str) -> list[Piece]:
         """What follows the prompt: assistant turns scored, anything else not."""
+        ...
+
+    def without_end(self, piece: Piece) -> Piece:
+        """The last piece of a response that was cut: nothing follows its text."""
         ...
 
 
@@ -94,10 +99,13 @@ class SpecialText:
 class ChatRenderer:
     """Through a chat template. The response is what the template writes after the rendered prompt."""
 
+    is_plain = False
+
     def __init__(self, tokenizer: Any, template: str) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self.special = SpecialText(tokenizer)
+        self.closing = self._find_closing()
         self.end_of_turn = self._find_end_of_turn()
 
     def prompt(self, turns: Sequence[Turn], tools: str) -> Piece:
@@ -119,6 +127,18 @@ class ChatRenderer:
             pieces.append(Piece(self.special.split(whole[start:end]), self.end_of_turn, scored=True))
             position = end
         return pieces
+
+    def without_end(self, piece: Piece) -> Piece:
+        """Without the end-of-turn token, and without what this template writes around it."""
+        *before, (text, literal) = piece.parts or (("", False),)
+        if literal:
+            return piece
+        end = str(self.tokenizer.convert_ids_to_tokens(self.end_of_turn))
+        if end in text:
+            text = text[: text.rindex(end)].removesuffix(self.closing.partition(end)[0])
+        else:
+            text = text.removesuffix(self.closing)
+        return replace(piece, parts=(*before, (text, False)) if text else tuple(before))
 
     def _prefix(self, turns: Sequence[Turn], tools: str, whole: str, *, generate: bool = False) -> str:
         text = self._render(turns, tools, generate=generate)
@@ -152,8 +172,8 @@ class ChatRenderer:
             message["tool_calls"] = json.loads(turn.tool_calls)
         return message
 
-    def _find_end_of_turn(self) -> int:
-        """The first special token that the template writes after an assistant's content, else end-of-sequence."""
+    def _find_closing(self) -> str:
+        """What the template writes after an assistant's content at the end of a conversation."""
         probe = "prefopt-probe"
         try:
             text = self._render((Turn("user", "a"), Turn("assistant", probe)), "")
@@ -162,7 +182,11 @@ class ChatRenderer:
                 f"The chat template cannot render a user and an assistant turn ({error.found})",
                 todo="Give a working template with data.template=FILE.jinja.",
             ) from error
-        tail = self.tokenizer(text[text.rindex(probe) + len(probe) :], add_special_tokens=False)["input_ids"]
+        return text[text.rindex(probe) + len(probe) :]
+
+    def _find_end_of_turn(self) -> int:
+        """The first special token of the closing, else end-of-sequence."""
+        tail = self.tokenizer(self.closing, add_special_tokens=False)["input_ids"]
         special = {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         special |= set(self.tokenizer.all_special_ids)
         return next((int(token) for token in tail if token in special), _end_of_sequence(self.tokenizer))
@@ -170,6 +194,8 @@ class ChatRenderer:
 
 class PlainRenderer:
     """Without a template: strings as they are, conversations as `\\n\\nHuman:` / `\\n\\nAssistant:` text."""
+
+    is_plain = True
 
     def __init__(self, tokenizer: Any, *, conversation: bool) -> None:
         self.conversation = conversation
@@ -194,6 +220,10 @@ class PlainRenderer:
                 text = text.removeprefix(label)
             pieces.append(Piece(self.special.split(text), self.end_of_turn, scored=turn.role == "assistant"))
         return pieces
+
+    def without_end(self, piece: Piece) -> Piece:
+        """Plain text has no end of its own: the end-of-turn token is added to what is finished."""
+        return piece
 
     def _written(self, turn: Turn) -> str:
         content = self.special.mark(turn.content)

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from prefopt.core.config import ROW_SHAPES
 from prefopt.core.errors import DataError, nearest
-from prefopt.data.feedback import label_feedback, pair_feedback, ranking_feedback, scores_feedback
-from prefopt.data.groups import BadRow, Feedback, Group, GroupSet, Turn
+from prefopt.data.feedback import finished, label_feedback, pair_feedback, ranking_feedback, scores_feedback
+from prefopt.data.groups import NO_PROMPT, BadRow, Feedback, Group, GroupSet, Turn
 from prefopt.data.messages import MESSAGE_KEYS, is_listed, json_text, listed, to_turns
 from prefopt.data.read import RawRows, Row, read_rows
 from prefopt.data.refusals import Reason, Refusal, check_text
@@ -21,9 +21,13 @@ Turns = tuple[Turn, ...]
 PROMPT_COLUMNS = ("prompt", "conversations", "messages", "instruction", "question")
 COMPLETION_COLUMNS = ("completion", "response", "output")
 RESPONSES_COLUMNS = ("responses", "completions")
-FEEDBACK_COLUMNS = ("label", "scores", "ranking", "margin", "probability", "weight")
+FEEDBACK_COLUMNS = ("label", "scores", "ranking", "margin", "probability", "weight", "tie")
+FINISHED_COLUMNS = ("finished", "chosen_finished", "rejected_finished")
 OTHER_COLUMNS = ("chosen", "rejected", "input", "history", "system", "tools")
-USED_COLUMNS = frozenset((*PROMPT_COLUMNS, *COMPLETION_COLUMNS, *RESPONSES_COLUMNS, *FEEDBACK_COLUMNS, *OTHER_COLUMNS))
+USED_COLUMNS = frozenset(
+    (*PROMPT_COLUMNS, *COMPLETION_COLUMNS, *RESPONSES_COLUMNS, *FEEDBACK_COLUMNS, *FINISHED_COLUMNS, *OTHER_COLUMNS)
+)
+_INSTRUCTING = ("system", "developer")
 _ROWS_LOOKED_AT = 200
 _FORMS = {"hh": 'HH-style "\\n\\nHuman:" text', "text": "strings", "messages": "message lists"}
 _EXPECTED = (
@@ -97,6 +101,9 @@ def _notes(raw: RawRows, groups: Sequence[Group], shape: str, *, detected: bool)
     unused += sorted({f"{key} (of messages)" for row in raw.rows for key in _message_keys(row.values())})
     if unused:
         notes.append(f"fields that are not used: {', '.join(unused)}")
+    bare = sum(group.prompt == NO_PROMPT for group in groups)
+    if bare:
+        notes.append(f'{bare} rows have the prompt "": their responses follow the beginning-of-text token')
     return tuple(notes)
 
 
@@ -306,7 +313,7 @@ def _group(
     form: Form,
     names: tuple[str, ...] = ("chosen", "rejected"),
 ) -> Group:
-    """The group, with the row's system text and tools, once its prompt and responses are found to be usable."""
+    """The group, with the row's system text, tools and cut responses, once its prompt and responses are found to be usable."""
     system = row.get("system")
     if system not in (None, ""):
         if not isinstance(system, str):
@@ -314,7 +321,8 @@ def _group(
         if prompt and prompt[0].role in ("system", "developer"):
             raise Refusal(Reason.WRONG_TYPE, "system", system, "one system text: in this field or in the messages, not both")
         prompt, form = (Turn("system", check_text(system, "system")), *prompt), "messages"
-    if not any(turn.content.strip() or turn.tool_calls for turn in prompt if turn.role not in ("system", "developer")):
+    bare = form == "text" and prompt == NO_PROMPT
+    if not bare and not any(turn.content.strip() or turn.tool_calls for turn in prompt if turn.role not in _INSTRUCTING):
         raise Refusal(Reason.EMPTY_PROMPT, "prompt", tuple(turn.content for turn in prompt), "a prompt with text")
     for name, response in zip(names, responses, strict=True):
         _check_last(response, name)
@@ -326,7 +334,7 @@ def _group(
             raise Refusal(Reason.EMPTY_RESPONSE, name, response[-1].content, "a response with text")
     if len(responses) > 1 and len(set(responses)) == 1:
         raise Refusal(Reason.IDENTICAL_RESPONSES, ", ".join(names[:2]), responses[0][-1].content, "responses that differ")
-    return Group(prompt, responses, feedback, form, source, json_text(row.get("tools"), "tools"))
+    return Group(prompt, responses, feedback, form, source, json_text(row.get("tools"), "tools"), finished(row, names))
 
 
 def _check_last(turns: Turns, field: str) -> None:

@@ -35,7 +35,7 @@ class Subject:
         groups = load_groups(source) if source is not None else load_held_out(data)
         if groups is None:
             return None
-        tokens = encode_groups(groups, model.tokenizer, template=data.template)
+        tokens = encode_groups(groups, model.tokenizer, template=data.template, train_on=data.train_on)
         tokens = fit_budget(tokens, token_budget(data, model.context_tokens), on_overlong=data.on_overlong)
         return [group for group in tokens.groups if group.feedback.kind == "pair"]
 
@@ -47,7 +47,7 @@ def subject_of(name: str, *, reference: str | None, beta: float | None, output: 
     if config is not None:
         resolved = resolve_config(config, source=str(folder.path / "config.json"))
         own = resolved.reference.model or resolved.model.name
-        used = beta if beta is not None else float(resolved.loss.knobs.get("beta", 0.1))
+        used = beta if beta is not None else (resolved.loss.beta or 0.1)
         return Subject(name, reference or own, used, RunFolder(output) if output else folder, resolved)
     if reference is None:
         raise ConfigError(

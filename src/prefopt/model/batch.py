@@ -21,7 +21,8 @@ class Batch:
     """One micro-batch. `rows` x `columns` of ids; predictions are read from the flattened rows.
 
     `predictor_N`: flat position whose hidden state predicts scored token n. `target_N`: that token. `response_N`: the
-    response it belongs to, counted over the batch. `layout` is None for padded rows, which need no special attention.
+    response it belongs to, counted over the batch. `last_S`: flat position of each response's last token, scored or not.
+    `layout` is None for padded rows, which need no special attention.
     """
 
     token_ids: Tensor
@@ -29,6 +30,7 @@ class Batch:
     predictor_N: Tensor
     target_N: Tensor
     response_N: Tensor
+    last_S: Tensor
     responses_per_group: tuple[int, ...]
     layout: Layout | None
 
@@ -44,6 +46,7 @@ def packed_batch(groups: Sequence[TokenGroup], device: torch.device) -> Batch:
     predictors: list[np.ndarray] = []
     targets: list[np.ndarray] = []
     owners: list[np.ndarray] = []
+    lasts: list[int] = []
     spans: list[GroupSpan] = []
     offset = response = 0
     for group in groups:
@@ -62,6 +65,7 @@ def packed_batch(groups: Sequence[TokenGroup], device: torch.device) -> Batch:
             owners.append(np.full(int(scored.sum()), response))
             response += 1
             start += length
+            lasts.append(start - 1)
         spans.append(GroupSpan(offset, prompt, tuple(len(tokens) for tokens in group.response_ids)))
         offset = start
     return Batch(
@@ -70,6 +74,7 @@ def packed_batch(groups: Sequence[TokenGroup], device: torch.device) -> Batch:
         predictor_N=_tensor(predictors, device),
         target_N=_tensor(targets, device),
         response_N=_tensor(owners, device),
+        last_S=torch.tensor(lasts, device=device),
         responses_per_group=tuple(len(group.response_ids) for group in groups),
         layout=Layout(tuple(spans)),
     )
@@ -84,9 +89,10 @@ def padded_batch(groups: Sequence[TokenGroup], device: torch.device, *, pad_id: 
     ]
     columns = max(len(prompt) + len(tokens) for prompt, tokens, _ in rows)
     ids = np.full((len(rows), columns), pad_id)
-    predictors, targets, owners = [], [], []
+    predictors, targets, owners, lasts = [], [], [], []
     for number, (prompt, tokens, scored) in enumerate(rows):
         ids[number, : len(prompt) + len(tokens)] = np.concatenate([prompt, tokens])
+        lasts.append(number * columns + len(prompt) + len(tokens) - 1)
         before = number * columns + len(prompt) - 1 + np.arange(len(tokens))
         predictors.append(before[scored])
         targets.append(tokens[scored])
@@ -97,6 +103,7 @@ def padded_batch(groups: Sequence[TokenGroup], device: torch.device, *, pad_id: 
         predictor_N=_tensor(predictors, device),
         target_N=_tensor(targets, device),
         response_N=_tensor(owners, device),
+        last_S=torch.tensor(lasts, device=device),
         responses_per_group=tuple(len(group.response_ids) for group in groups),
         layout=None,
     )

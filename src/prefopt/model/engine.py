@@ -5,10 +5,11 @@ Everything above this file (losses, reference cache, evaluation) is built on `to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,14 +24,30 @@ from prefopt.data.groups import Feedback
 from prefopt.data.pack import micro_batches
 from prefopt.model import attention
 from prefopt.model.batch import Batch, packed_batch, padded_batch
-from prefopt.model.head import head_of
+from prefopt.model.head import Head, head_of
 from prefopt.model.layout import active_layout, use_layout
+
+if TYPE_CHECKING:
+    from prefopt.model.adapters import Adapter
 
 # Raised whenever a change to this package can change log-probs: part of every cache key.
 NUMERICS_VERSION = 1
 
 # Largest difference of a token's log-prob (nats) between two ways of computing it that is still rounding.
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.5}
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStatistics:
+    """What the vocabulary head says about each scored token, shapes (N,), fp32, in nats; None where it was not asked for.
+
+    `logp_N`: log-prob. `log_square_N`: log of the sum of the squared probabilities, without a gradient (WPO).
+    `kl_N`: KL(reference || policy) over the vocabulary, with a gradient in the policy only (TDPO).
+    """
+
+    logp_N: Tensor
+    log_square_N: Tensor | None
+    kl_N: Tensor | None
 
 
 class LanguageModel:
@@ -49,6 +66,7 @@ class LanguageModel:
         self.dtype = dtype
         self.device = device
         self.identity = identity or weights_identity(model)
+        self.adapter: Adapter | None = None  # set by prefopt.model.adapters.add_lora
         attention.register()
         if not isinstance(model.config._attn_implementation, str) or model.config._attn_implementation != attention.NAME:
             model.set_attn_implementation(attention.NAME)
@@ -91,9 +109,9 @@ class LanguageModel:
 
     def _check_head(self) -> None:
         """ModelError where log-probs from hidden states and head are not those of transformers' own logits."""
-        probe = _probe(int(self.model.config.get_text_config().vocab_size), self.context_tokens)
+        probe = probe_group(int(self.model.config.get_text_config().vocab_size), self.context_tokens)
         batch = padded_batch([probe], self.device)
-        with torch.no_grad():
+        with self._without_dropout():
             ours = self.token_logps(batch)
             logits = self.model(input_ids=batch.token_ids, use_cache=False).logits.float()
         plain = torch.log_softmax(logits.flatten(0, 1)[batch.predictor_N], dim=-1).gather(1, batch.target_N[:, None])[:, 0]
@@ -105,16 +123,27 @@ class LanguageModel:
                 todo="Report the model's architecture; training on it would be wrong.",
             )
 
+    @contextmanager
+    def _without_dropout(self) -> Iterator[None]:
+        """No gradients and no dropout: two ways of computing are compared on the same numbers."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(was_training)
+
     def sharing_deviation(self, groups: Sequence[TokenGroup] | None = None) -> float | None:
         """Largest difference of a token's log-prob (nats) between packed and padded rows; None where packing is ignored."""
-        groups = groups or [_probe(int(self.model.config.get_text_config().vocab_size), self.context_tokens)]
+        groups = groups or [probe_group(int(self.model.config.get_text_config().vocab_size), self.context_tokens)]
         before = attention.calls_in_layout
-        with torch.no_grad():
-            packed = self.token_logps(packed_batch(groups, self.device))
+        with self._without_dropout():
+            packed = self.compared(packed_batch(groups, self.device))
             followed = attention.calls_in_layout - before
             if followed < int(getattr(self.model.config.get_text_config(), "num_hidden_layers", 1)):
                 return None
-            plain = self.token_logps(padded_batch(groups, self.device))
+            plain = self.compared(padded_batch(groups, self.device))
         return float((packed - plain).abs().max())
 
     def computed_tokens(self, group: TokenGroup) -> int:
@@ -129,15 +158,58 @@ class LanguageModel:
             return packed_batch(groups, self.device)
         return padded_batch(groups, self.device)
 
-    def token_logps(self, batch: Batch) -> Tensor:
-        """Log-prob of each scored token in nats, shape (N,), fp32, differentiable in the model's weights."""
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Last hidden states, one row a position of the flattened batch, shape (rows * columns, D)."""
         scope = use_layout(batch.layout) if batch.layout is not None else nullcontext()
         with scope:
-            hidden = self.model.base_model(
+            hidden: Tensor = self.model.base_model(
                 input_ids=batch.token_ids, position_ids=batch.position_ids, use_cache=False, return_dict=True
             ).last_hidden_state
-        hidden_ND = hidden.reshape(-1, hidden.shape[-1])[batch.predictor_N]
-        return head_of(self.model).logps(hidden_ND, batch.target_N)
+        return hidden.reshape(-1, hidden.shape[-1])
+
+    def token_logps(self, batch: Batch) -> Tensor:
+        """Log-prob of each scored token in nats, shape (N,), fp32, differentiable in the model's weights."""
+        return self.token_statistics(batch).logp_N
+
+    def token_statistics(
+        self,
+        batch: Batch,
+        *,
+        log_square: bool = False,
+        reference: LanguageModel | None = None,
+        reference_scope: AbstractContextManager[Any] | None = None,
+    ) -> TokenStatistics:
+        """Log-prob of each scored token and, where asked for, what WPO and TDPO need besides, from one forward of this model.
+
+        With a `reference` its forward on the same batch comes first, without gradients and inside `reference_scope`.
+        A policy with adapters is its own reference: pass itself, and the context that turns the adapters off.
+        ModelError where the reference cannot follow a packed batch or has another vocabulary size.
+        """
+        states = None if reference is None else self._reference_states(batch, reference, reference_scope or nullcontext())
+        head = head_of(self.model)
+        hidden_ND = self.hidden_states(batch)[batch.predictor_N]
+        return TokenStatistics(
+            logp_N=head.logps(hidden_ND, batch.target_N),
+            log_square_N=head.log_square(hidden_ND) if log_square else None,
+            kl_N=None if states is None else head.kl_from(hidden_ND, *states),
+        )
+
+    @torch.no_grad()
+    def _reference_states(
+        self, batch: Batch, reference: LanguageModel, scope: AbstractContextManager[Any]
+    ) -> tuple[Tensor, Head]:
+        """The reference's hidden states at the scored positions, shape (N, D), and its head."""
+        if batch.layout is not None and not reference.sharing:
+            raise ModelError(
+                f"{reference.name}: this reference cannot follow the packed batches of {self.name}",
+                todo="Use a reference of the policy's architecture, or pass padded batches.",
+            )
+        with scope:
+            return reference.hidden_states(batch)[batch.predictor_N], head_of(reference.model)
+
+    def compared(self, batch: Batch) -> Tensor:
+        """The numbers by which two ways of computing a batch are compared: here the log-prob of each scored token."""
+        return self.token_logps(batch)
 
     @torch.no_grad()
     def score(
@@ -172,16 +244,17 @@ class LanguageModel:
         )
 
     def disable_dropout(self) -> None:
-        """Set every dropout to 0: a policy with dropout differs from its reference at step 0."""
-        for module in self.model.modules():
-            if isinstance(module, torch.nn.Dropout):
+        """Set every dropout to 0, for a policy with dropout differs from its reference at step 0; a LoRA adapter keeps
+        its own (model.lora.dropout), which changes nothing while B is 0."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, torch.nn.Dropout) and ".lora_dropout." not in name:
                 module.p = 0.0
-            for name in ("attention_dropout", "dropout", "activation_dropout", "attn_dropout"):
-                if isinstance(getattr(module, name, None), float):
-                    setattr(module, name, 0.0)
+            for option in ("attention_dropout", "dropout", "activation_dropout", "attn_dropout"):
+                if isinstance(getattr(module, option, None), float):
+                    setattr(module, option, 0.0)
 
 
-def _probe(vocabulary: int, context: int) -> TokenGroup:
+def probe_group(vocabulary: int, context: int) -> TokenGroup:
     """A prompt with two unequal responses of fixed pseudo-random tokens, within any model's context."""
     random = np.random.default_rng(0)
     scale = min(1.0, (context - 1) / 24)

@@ -1,4 +1,4 @@
-"""Log-probs of the scored tokens from hidden states, in chunks of tokens: logits of N x V never exist.
+"""Log-probs and other statistics of the scored tokens from hidden states, in chunks of tokens: logits of N x V never exist.
 
 Shapes: N scored tokens, D hidden size, V vocabulary.
 """
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from prefopt.core.errors import ModelError
 
 _CHUNK_LOGITS = 2**25  # logits held at once: 128 MiB in fp32
 
@@ -28,7 +30,58 @@ class Head:
         """Log-prob of each target in nats, shape (N,), fp32."""
         keep = torch.is_grad_enabled() and self.softcap is None
         apply: Callable[..., Tensor] = _ChunkedLogProb.apply
-        return apply(hidden_ND, self.weight, self.bias, target_N, self.scale, self.softcap, keep)
+        return apply(hidden_ND, self.weight, self.bias, self.scale, self.softcap, target_N, keep)
+
+    @torch.no_grad()
+    def log_square(self, hidden_ND: Tensor) -> Tensor:
+        """log sum_v p_v^2 of each position in nats, shape (N,), fp32, without a gradient.
+
+        From -log V (uniform) to 0 (certain). The sum is the mean probability of a token drawn from the policy itself, by
+        which WPO (arXiv 2406.11827) divides a token's probability so that an entropy of the policy is not a low weight.
+        """
+        out_N = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
+        for chunk in self._chunks(len(hidden_ND)):
+            # On log-probs and not as logsumexp(2 z) - 2 logsumexp(z), which loses the digits of large logits.
+            out_N[chunk] = self._logits(hidden_ND[chunk]).log_softmax(dim=1).mul_(2).logsumexp(dim=1)
+        return out_N
+
+    def kl_from(self, hidden_ND: Tensor, reference_hidden_ND: Tensor, reference_head: Head) -> Tensor:
+        """KL(reference || policy) over the vocabulary at each position, in nats, shape (N,), fp32.
+
+        sum_v q_v (log q_v - log p_v) with q the reference's probabilities and p those of this head: the per-token term of
+        TDPO's sequential KL (arXiv 2404.11999). Exactly 0 where both sides are equal; rounding can put a KL of that
+        size some 1e-6 below 0. Differentiable in `hidden_ND`, this weight and this bias; the reference gets no gradient,
+        and its hidden size may be another one. ModelError where the vocabularies differ in size.
+        """
+        ours, theirs = len(self.weight), len(reference_head.weight)
+        if ours != theirs:
+            raise ModelError(
+                f"KL needs one vocabulary; the policy's head has {ours} rows and the reference's {theirs}",
+                todo="Use a reference with the policy's tokenizer and the same padding of the vocabulary.",
+            )
+        apply: Callable[..., Tensor] = _ChunkedKL.apply
+        other = reference_head
+        return apply(
+            *(hidden_ND, self.weight, self.bias, self.scale, self.softcap),
+            *(reference_hidden_ND, other.weight, other.bias, other.scale, other.softcap),
+        )
+
+    def _chunks(self, positions: int) -> list[slice]:
+        rows = max(1, _CHUNK_LOGITS // len(self.weight))
+        return [slice(start, start + rows) for start in range(0, positions, rows)]
+
+    def _logits(self, hidden_ND: Tensor) -> Tensor:
+        """Logits of one chunk in fp32, a tensor of its own."""
+        logits = torch.nn.functional.linear(hidden_ND, self.weight, self.bias).float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap is not None else logits
+
+    def _before_cap(self, gradient: Tensor, logits: Tensor | None) -> Tensor:
+        """Gradient in the logits -> gradient in h W^T + b. `gradient` is used up; `logits` matter under a soft cap only."""
+        if self.softcap is not None and logits is not None:
+            gradient *= 1 - (logits / self.softcap) ** 2
+        return gradient if self.scale == 1.0 else gradient * self.scale
 
 
 def head_of(model: Any) -> Head:
@@ -37,13 +90,6 @@ def head_of(model: Any) -> Head:
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     return Head(output.weight, getattr(output, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
-
-
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    logits = torch.nn.functional.linear(hidden, weight, bias).float()
-    if scale != 1.0:
-        logits = logits * scale
-    return softcap * torch.tanh(logits / softcap) if softcap is not None else logits
 
 
 class _ChunkedLogProb(torch.autograd.Function):
@@ -55,69 +101,98 @@ class _ChunkedLogProb(torch.autograd.Function):
         hidden_ND: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
-        target_N: Tensor,
         scale: float,
         softcap: float | None,
+        target_N: Tensor,
         keep: bool,
     ) -> Tensor:
-        rows = max(1, _CHUNK_LOGITS // weight_VD.shape[0])
-        out = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
+        head = Head(weight_VD, bias_V, scale, softcap)
+        chunks = head._chunks(len(hidden_ND))
+        out_N = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
         kept: Tensor | None = None
-        for start in range(0, len(hidden_ND), rows):
-            chunk = slice(start, start + rows)
-            logits = _logits(hidden_ND[chunk], weight_VD, bias_V, scale, softcap)
+        for chunk in chunks:
+            logits = head._logits(hidden_ND[chunk])
             total = logits.logsumexp(dim=1)
-            out[chunk] = logits.gather(1, target_N[chunk, None])[:, 0] - total
-            if keep and len(hidden_ND) <= rows:
+            out_N[chunk] = logits.gather(1, target_N[chunk, None])[:, 0] - total
+            if keep and len(chunks) == 1:
                 kept = logits.sub_(total[:, None]).exp_()
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, kept)
         ctx.scale, ctx.softcap = scale, softcap
-        return out
+        return out_N
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         grad_N: Tensor = grads[0]
         hidden_ND, weight_VD, bias_V, target_N, kept = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
-        grad_weight = torch.zeros(weight_VD.shape, dtype=torch.float32, device=grad_N.device) if needs_weight else None
-        grad_bias = torch.zeros(len(weight_VD), dtype=torch.float32, device=grad_N.device) if needs_bias else None
-        rows = max(1, _CHUNK_LOGITS // weight_VD.shape[0])
-        for start in range(0, len(hidden_ND), rows):
-            chunk = slice(start, start + rows)
-            hidden = hidden_ND[chunk]
-            grad = _logit_gradient(hidden, weight_VD, bias_V, target_N[chunk], grad_N[chunk], kept, ctx.scale, ctx.softcap)
-            if grad_bias is not None:
-                grad_bias += grad.sum(dim=0)
-            compute = grad.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[chunk] = compute @ weight_VD
-            if grad_weight is not None:
-                if compute.dtype == torch.float32:
-                    grad_weight.addmm_(compute.T, hidden)
-                else:
-                    grad_weight += compute.T @ hidden
-        weight_out = grad_weight.to(weight_VD.dtype) if grad_weight is not None else None
-        bias_out = grad_bias.to(weight_VD.dtype) if grad_bias is not None else None
-        return grad_hidden, weight_out, bias_out, None, None, None, None
+        head = Head(weight_VD, bias_V, ctx.scale, ctx.softcap)
+
+        def gradient_of(chunk: slice) -> Tensor:
+            """grad * (onehot - softmax)"""
+            logits = head._logits(hidden_ND[chunk]) if kept is None else None
+            probabilities = kept if logits is None else torch.softmax(logits, dim=1)
+            gradient = probabilities * -grad_N[chunk, None]
+            gradient.scatter_add_(1, target_N[chunk, None], grad_N[chunk, None])
+            return head._before_cap(gradient, logits)
+
+        return *_gradients(ctx, head, hidden_ND, gradient_of), *(None,) * 4
 
 
-def _logit_gradient(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    grad: Tensor,
-    kept: Tensor | None,
-    scale: float,
-    softcap: float | None,
-) -> Tensor:
-    """Gradient of `sum(grad * log p[target])` in the raw logits: grad * (onehot - softmax), through cap and scale."""
-    logits = None if kept is not None else _logits(hidden, weight, bias, scale, softcap)
-    probabilities = kept if logits is None else torch.softmax(logits, dim=1)
-    assert probabilities is not None
-    gradient = probabilities * -grad[:, None]
-    gradient.scatter_add_(1, target[:, None], grad[:, None])
-    if softcap is not None and logits is not None:
-        gradient *= 1 - (logits / softcap) ** 2
-    return gradient if scale == 1.0 else gradient * scale
+class _ChunkedKL(torch.autograd.Function):
+    """Backward computes the logits of both sides again, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        hidden_ND, weight_VD, bias_V, scale, softcap = inputs[:5]
+        reference_hidden_ND, *reference = inputs[5:]
+        head, reference_head = Head(weight_VD, bias_V, scale, softcap), Head(*reference)
+        out_N = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
+        for chunk in head._chunks(len(hidden_ND)):
+            log_q = reference_head._logits(reference_hidden_ND[chunk]).log_softmax(dim=1)
+            log_p = head._logits(hidden_ND[chunk]).log_softmax(dim=1)
+            q = log_q.exp()
+            out_N[chunk] = q.mul_(log_q.sub_(log_p)).sum(dim=1)
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, reference_hidden_ND, *reference[:2])
+        ctx.knobs, ctx.reference_knobs = (scale, softcap), reference[2:]
+        return out_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        grad_N: Tensor = grads[0]
+        hidden_ND, weight_VD, bias_V, reference_hidden_ND, *reference = ctx.saved_tensors
+        head, reference_head = Head(weight_VD, bias_V, *ctx.knobs), Head(*reference, *ctx.reference_knobs)
+
+        def gradient_of(chunk: slice) -> Tensor:
+            """grad * (p - q)"""
+            q = torch.softmax(reference_head._logits(reference_hidden_ND[chunk]), dim=1)
+            logits = head._logits(hidden_ND[chunk])
+            gradient = torch.softmax(logits, dim=1).sub_(q).mul_(grad_N[chunk, None])
+            return head._before_cap(gradient, logits)
+
+        return *_gradients(ctx, head, hidden_ND, gradient_of), *(None,) * 7
+
+
+def _gradients(
+    ctx: Any, head: Head, hidden_ND: Tensor, gradient_of: Callable[[slice], Tensor]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients in hidden states, weight and bias, as far as they are asked for, from the gradient in `h W^T + b` of a chunk."""
+    weight_VD, device = head.weight, hidden_ND.device
+    needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
+    grad_weight = torch.zeros(weight_VD.shape, dtype=torch.float32, device=device) if needs_weight else None
+    grad_bias = torch.zeros(len(weight_VD), dtype=torch.float32, device=device) if needs_bias else None
+    for chunk in head._chunks(len(hidden_ND)):
+        hidden = hidden_ND[chunk]
+        gradient = gradient_of(chunk)
+        if grad_bias is not None:
+            grad_bias += gradient.sum(dim=0)
+        compute = gradient.to(hidden.dtype)
+        if grad_hidden is not None:
+            grad_hidden[chunk] = compute @ weight_VD
+        if grad_weight is not None:
+            if compute.dtype == torch.float32:
+                grad_weight.addmm_(compute.T, hidden)
+            else:
+                grad_weight += compute.T @ hidden
+    weight_out = grad_weight.to(weight_VD.dtype) if grad_weight is not None else None
+    bias_out = grad_bias.to(weight_VD.dtype) if grad_bias is not None else None
+    return grad_hidden, weight_out, bias_out

@@ -1,22 +1,32 @@
-"""Models from a folder, the Hub, a GGUF file, or the demo model's name. Safetensors only; no remote code unless asked for."""
+"""Models from a folder, the Hub, a GGUF file, or the demo model's name. Safetensors only; no remote code unless asked for.
+
+A folder with a LoRA adapter loads as its base with the adapter merged into it.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
 
 from prefopt.core.errors import ModelError, PrefoptError
 from prefopt.core.progress import say
+from prefopt.model.adapter_files import base_of, is_adapter, merge_adapter
 from prefopt.model.allocator import keep_freed_memory
 from prefopt.model.demo_model import DEMO_MODELS, demo_model
 from prefopt.model.engine import LanguageModel, cast_parameters, weights_identity
 from prefopt.model.gguf import converted_gguf
+from prefopt.model.padding import set_padding
 from prefopt.model.precision import compute_dtype, pick_device
+from prefopt.model.reward_model import HEAD_NAMES, RewardModel
+
+M = TypeVar("M", bound=LanguageModel)
 
 
 def load_model(
@@ -27,7 +37,7 @@ def load_model(
     trust_remote_code: bool = False,
     for_training: bool = False,
 ) -> LanguageModel:
-    """The LanguageModel called `name`: a folder, a Hub id, a .gguf file, or a demo model.
+    """The LanguageModel called `name`: a folder (also of an adapter or a run), a Hub id, a .gguf file, or a demo model.
 
     Weights are read as fp32; for inference they are then cast to the compute dtype, with `for_training` they stay.
     Raises ModelError where it cannot be loaded, has non-finite weights, or is no causal language model.
@@ -37,7 +47,77 @@ def load_model(
     dtype, why = compute_dtype(precision, device)
     _quiet_transformers()
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+    model = _transformers_model(name, source, revision=revision, trust_remote_code=trust_remote_code)
+    say(f"{name}: {model.num_parameters() / 1e6:.1f} M parameters, {device.type}; {why}")
+    return as_language_model(model, tokenizer, name=name, dtype=dtype, device=device, for_training=for_training)
+
+
+def load_reward_model(
+    name: str,
+    *,
+    precision: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    for_training: bool = False,
+    require_trained: bool = False,
+) -> RewardModel:
+    """The RewardModel called `name`, from what `load_model` takes or from a saved reward model or the run of one.
+
+    From a causal language model: its decoder, with a new head of zeros. Every score is then 0, so the Bradley-Terry loss
+    starts at ln 2 exactly, and no result depends on a random head; the head has a gradient at the first step, the decoder
+    from the second on. From a saved reward model: everything. Tokenizer and configuration get a padding token that ends
+    no response (see `set_padding`). Raises ModelError as `load_model` does, and where `require_trained` meets a model
+    without a head.
+    """
+    source = model_folder(name)
+    device = pick_device()
+    dtype, why = compute_dtype(precision, device)
+    origin: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    tokenizer = load_tokenizer(name, **origin)
+    if is_adapter(source):
+        model, missing = _classifier_on(_transformers_model(name, source, **origin), name, tokenizer)
+    else:
+        model, missing = _classifier(name, source, tokenizer, **origin)
+    trained = is_reward_model(model.config)
+    new = {key for key in missing if key.split(".")[0] in HEAD_NAMES and not trained}
+    _refuse_missing(name, missing - new, "a reward model" if trained else "a causal language model")
+    if new and require_trained:
+        raise ModelError(
+            f'"{name}" is a language model, not a reward model: it has no weights for {min(new)}',
+            todo="Train a reward model with loss.name=reward, and give its run folder or checkpoint.",
+        )
+    with torch.no_grad():
+        for key in new:
+            model.get_parameter(key).zero_()
+    head = "new head" if new else "reward model"
+    say(f"{name}: {model.num_parameters() / 1e6:.1f} M parameters, {head}, {device.type}; {why}")
+    return _in_memory(RewardModel, model, tokenizer, name, dtype, device, for_training)
+
+
+def is_reward_model(config: Any) -> bool:
+    """Whether a transformers configuration is that of a sequence classifier."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+def _transformers_model(name: str, source: str, *, revision: str | None, trust_remote_code: bool) -> Any:
+    """The transformers model at `source` in fp32, an adapter merged into its base; `name` is what errors call it."""
+    if is_adapter(source):
+        base, base_revision = base_of(Path(source))
+        try:
+            model = _transformers_model(base, model_folder(base), revision=base_revision, trust_remote_code=trust_remote_code)
+        except ModelError as error:
+            raise ModelError(f'{source}: the base of its adapter, "{base}": {error.what}', todo=error.todo) from error
+        model = merge_adapter(model, Path(source))
+        model.name_or_path = source  # what is trained on top of it has the merged weights as its base
+        say(f"{name}: LoRA adapter merged into {base}")
+        return model
     try:
+        config = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        if is_reward_model(config):  # with tied embeddings no weight would be missing: transformers makes up a vocabulary head
+            raise ModelError(
+                f'model.name: "{name}" is a reward model ({config.architectures[0]}) and writes no text',
+                todo="Give it as --reward-model, or as --reward model:PATH; here a causal language model is needed.",
+            )
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             source,
             revision=revision,
@@ -51,20 +131,75 @@ def load_model(
     except Exception as error:  # transformers raises many kinds for one cause: this is no model
         raise _unloadable(name, error) from error
     model, found = loaded
-    missing = sorted(found["missing_keys"])
-    if missing:  # transformers would train what it filled with random numbers
-        raise ModelError(
-            f'model.name: "{name}" has no weights for {", ".join(missing[:3])} ({len(missing)} in all)',
-            todo="Give a complete checkpoint of a causal language model.",
+    _refuse_missing(name, found["missing_keys"], "a causal language model")
+    return model
+
+
+def _classifier(name: str, source: str, tokenizer: Any, *, revision: str | None, trust_remote_code: bool) -> Any:
+    """(sequence classifier at `source` in fp32, the weights that it lacks), sharing one padding token with `tokenizer`."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        _prepare_classifier(name, config, tokenizer)
+        loaded: Any = transformers.AutoModelForSequenceClassification.from_pretrained(
+            source,
+            config=config,
+            revision=revision,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
-    say(f"{name}: {model.num_parameters() / 1e6:.1f} M parameters, {device.type}; {why}")
-    return as_language_model(model, tokenizer, name=name, dtype=dtype, device=device, for_training=for_training)
+    except PrefoptError:
+        raise
+    except Exception as error:  # as in _transformers_model
+        raise _unloadable(name, error) from error
+    model, found = loaded
+    return model, set(found["missing_keys"])
+
+
+def _classifier_on(causal: Any, name: str, tokenizer: Any) -> Any:
+    """(sequence classifier with the decoder of a causal model in memory, the weights that it lacks), as above."""
+    config = copy.deepcopy(causal.config)
+    _prepare_classifier(name, config, tokenizer)
+    model: Any = transformers.AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    model.base_model.load_state_dict(causal.base_model.state_dict())
+    model.name_or_path = causal.name_or_path
+    return model, {key for key in model.state_dict() if key.split(".")[0] in HEAD_NAMES}
+
+
+def _prepare_classifier(name: str, config: Any, tokenizer: Any) -> None:
+    """Make `config` that of a head with one output and a padding token; ModelError where no reward model can be made of it."""
+    known = type(config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    if not known and "AutoModelForSequenceClassification" not in (getattr(config, "auto_map", None) or {}):
+        raise ModelError(
+            f'model.name: "{name}": transformers has no sequence classifier for models of type {config.model_type}',
+            todo="Start the reward model from another one, for example a Llama, Qwen, Gemma or GPT-2.",
+        )
+    trained = is_reward_model(config)
+    if trained and config.num_labels != 1:
+        raise ModelError(
+            f'model.name: "{name}" is a classifier of {config.num_labels} labels, not a reward model',
+            todo="Give one with a single output (num_labels=1), or a causal language model to start from.",
+        )
+    config.num_labels = 1
+    set_padding(tokenizer, config, trained=trained)
 
 
 def as_language_model(
     model: Any, tokenizer: Any, *, name: str, dtype: torch.dtype, device: torch.device, for_training: bool
 ) -> LanguageModel:
     """A LanguageModel around a transformers model that is already in memory."""
+    return _in_memory(LanguageModel, model, tokenizer, name, dtype, device, for_training)
+
+
+def _in_memory(
+    kind: type[M], model: Any, tokenizer: Any, name: str, dtype: torch.dtype, device: torch.device, for_training: bool
+) -> M:
+    if hasattr(model, "peft_config"):
+        raise ModelError(
+            f"{name}: carries an adapter, and what is loaded here are whole weights",
+            todo="Merge it (merge_and_unload), or give a local folder with the adapter; a new one is trained with model.lora.",
+        )
     if device.type == "cpu":
         keep_freed_memory()
     identity = weights_identity(model)
@@ -72,12 +207,25 @@ def as_language_model(
     if not for_training:
         cast_parameters(model, dtype)
     model.eval()
-    return LanguageModel(model, tokenizer, name=name, dtype=dtype, device=device, identity=identity)
+    return kind(model, tokenizer, name=name, dtype=dtype, device=device, identity=identity)
+
+
+def _refuse_missing(name: str, missing: Iterable[str], wanted: str) -> None:
+    """ModelError where weights are missing: transformers would train what it filled with random numbers."""
+    names = sorted(missing)
+    if names:
+        raise ModelError(
+            f'model.name: "{name}" has no weights for {", ".join(names[:3])} ({len(names)} in all)',
+            todo=f"Give a complete checkpoint of {wanted}.",
+        )
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of `name`; ModelError where there is none."""
+    """The tokenizer of `name`, of its base where an adapter comes without one; ModelError where there is none."""
     source = model_folder(name)
+    if is_adapter(source) and not any(Path(source).glob("tokenizer*")):
+        base, revision = base_of(Path(source))
+        return load_tokenizer(base, revision=revision, trust_remote_code=trust_remote_code)
     _quiet_transformers()
     try:
         return transformers.AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
@@ -97,11 +245,15 @@ class ModelFacts:
     hidden: int
     layers: int
     vocabulary: int
+    architecture: str
 
 
 def model_facts(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelFacts:
     """Facts of the model `name` from its configuration alone; no weights are read."""
     source = model_folder(name)
+    if is_adapter(source):
+        base, revision = base_of(Path(source))
+        return model_facts(base, revision=revision, trust_remote_code=trust_remote_code)
     _quiet_transformers()
     try:
         config = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
@@ -112,7 +264,12 @@ def model_facts(name: str, *, revision: str | None = None, trust_remote_code: bo
     text = config.get_text_config()
     context = getattr(text, "max_position_embeddings", None) or 2**20
     return ModelFacts(
-        model.num_parameters(), int(context), int(text.hidden_size), int(text.num_hidden_layers), int(text.vocab_size)
+        parameters=model.num_parameters(),
+        context_tokens=int(context),
+        hidden=int(text.hidden_size),
+        layers=int(text.num_hidden_layers),
+        vocabulary=int(text.vocab_size),
+        architecture=str(config.model_type),
     )
 
 

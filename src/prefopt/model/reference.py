@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from prefopt.core import progress
 from prefopt.core.errors import StorageError, TrainingError
 from prefopt.core.files import cache_root, check_writable, digest, storage_errors, whole_file
 from prefopt.core.progress import say
 from prefopt.data.encode import TokenGroup
+from prefopt.model.adapters import adapters_off
 from prefopt.model.engine import LanguageModel
 
 Logps = tuple[NDArray[np.float32], ...]  # one array of token log-probs per response
@@ -26,13 +29,31 @@ _GROUPS_PER_PART = 256  # a pass that is killed loses at most this many groups
 
 
 class Reference(Protocol):
-    """Source of reference log-probs."""
+    """Source of reference log-probs. `model`: the model behind it where it is in memory, to be used inside `scope()`."""
 
     identity: str
+    model: LanguageModel | None
 
     def of(self, groups: Sequence[TokenGroup]) -> list[Logps]:
         """Per group, per response: log-probs in nats of the scored tokens."""
         ...
+
+    def scope(self) -> AbstractContextManager[None]:
+        """Within it `model` computes as the reference."""
+        ...
+
+
+class NoReference:
+    """For losses that are defined without one."""
+
+    identity = "none"
+    model: LanguageModel | None = None
+
+    def of(self, groups: Sequence[TokenGroup]) -> list[Logps]:
+        raise TrainingError("A loss without a reference asked for reference log-probs", todo="Report this.")
+
+    def scope(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def response_keys(group: TokenGroup) -> list[bytes]:
@@ -53,6 +74,7 @@ class ReferenceCache:
         self.identity = f"{identity}-{numerics}"
         self.folder = (root or cache_root() / "reference") / self.identity
         self.entries: dict[bytes, NDArray[np.float32]] = {}
+        self.model: LanguageModel | None = None
         if self.folder.is_dir():
             for part in sorted(self.folder.glob("part-*.npz")):
                 self._read(part)
@@ -111,20 +133,37 @@ class ReferenceCache:
             )
         return [tuple(self.entries[key] for key in response_keys(group)) for group in groups]
 
+    def scope(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
 
 class LiveReference:
     """A second model in memory that is asked at every step."""
 
     def __init__(self, model: LanguageModel, *, micro_batch_tokens: int) -> None:
-        self.model = model
+        self.model: LanguageModel | None = model
         self.identity = f"{model.identity}-{model.numerics}"
         self.micro_batch_tokens = micro_batch_tokens
 
     def of(self, groups: Sequence[TokenGroup]) -> list[Logps]:
-        from prefopt.core import progress
-
-        with progress.silence():
+        assert self.model is not None
+        with progress.silence(), self.scope():
             return self.model.score(groups, micro_batch_tokens=self.micro_batch_tokens)
+
+    def scope(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class AdapterOffReference(LiveReference):
+    """The policy itself without its LoRA adapter: a live reference that needs no second model."""
+
+    def __init__(self, policy: LanguageModel, *, micro_batch_tokens: int) -> None:
+        super().__init__(policy, micro_batch_tokens=micro_batch_tokens)
+        self.identity = f"{self.identity}-adapter-off"
+
+    def scope(self) -> AbstractContextManager[None]:
+        assert self.model is not None
+        return adapters_off(self.model)
 
 
 def fill_cache(

@@ -1,49 +1,231 @@
-"""From log-probs of responses to losses and rewards of groups, by the facts of the chosen loss.
+"""From log-probs of responses to the loss of a step, by the facts of the chosen losses.
 
-Shapes: G pairs, S = 2 G responses in the order chosen, rejected, chosen, rejected ...
+Shapes: G groups, S responses, N scored tokens.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from prefopt.core.facts import loss_facts, resolve_knobs
+from prefopt.core.errors import ConfigError
+from prefopt.core.losses.facts import LossFacts, Value
+from prefopt.core.losses.table import Part, resolve_parts
+from prefopt.data.encode import TokenGroup
+from prefopt.objective.measured import Measured, Rows, targets_of
 from prefopt.objective.pairs import dpo
+from prefopt.objective.quantities import Quantities, Reading
+from prefopt.objective.running import Running, running_of
+
+_READING_KNOBS = ("reduce", "ld_alpha", "divergence", "divergence_alpha")
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Loss of each pair, and its implicit rewards beta * log(policy / reference), detached. Shapes (G,)."""
+    """What an objective says of some groups.
 
+    `loss`: what is differentiated, already divided by the step's totals. `parts`: the loss of each part by name,
+    unweighted, divided likewise; they add up over micro-batches. `loss_G`: the value of each group, before that division;
+    NaN for a formula whose values belong to no group. `ratio_S`: log(policy / reference), NaN without a reference. `reward_S`:
+    the implicit reward, NaN where the loss has none. The last four are detached.
+    """
+
+    loss: Tensor
+    parts: dict[str, Tensor]
     loss_G: Tensor
-    chosen_reward_G: Tensor
-    rejected_reward_G: Tensor
+    ratio_S: Tensor
+    reward_S: Tensor
+    logp_S: Tensor
+    tokens_S: Tensor
+
+
+class LossPart:
+    """One loss of an objective: its formula, its options and its weight."""
+
+    def __init__(self, part: Part) -> None:
+        self.facts: LossFacts = part.facts
+        self.weight = part.weight
+        knobs = dict(part.knobs)
+        self.all_knobs: dict[str, Value] = dict(knobs)
+        reading = {name: knobs.pop(name) for name in _READING_KNOBS if name in knobs}
+        self.reading = Reading(**{"reduce": self.facts.reduce, **reading})  # type: ignore[arg-type]
+        self.on_policy_weighting = bool(knobs.pop("wpo", False))
+        self.knobs = knobs
+        module, _, function = self.facts.function.partition(":")
+        self.function: Callable[..., Tensor] = getattr(importlib.import_module(module), function)
+        self.running: dict[str, Running] = running_of(self.facts.inputs, self.beta, knobs)
+
+    @property
+    def beta(self) -> float:
+        return float(self.all_knobs.get("beta", 1.0))
+
+    def values(self, measured: Measured, *, learn: bool) -> tuple[Tensor, Quantities]:
+        """Values of the formula, one a unit (see LossFacts.unit), and the quantities they were made of.
+
+        With `learn` the running statistics take in this step first.
+        """
+        state: dict[str, float] = {}
+        if self.running:
+            seen = Quantities(measured, self.reading)
+            for name, running in self.running.items():
+                state[name] = running.update(seen) if learn else running.value
+        quantities = Quantities(measured, self.reading, state)
+        values = self.function(*(quantities[name] for name in self.facts.inputs), **self.knobs)
+        self._check_shape(values, measured)
+        if self.on_policy_weighting:
+            values = values * quantities.on_policy_weight_G
+        return values, quantities
+
+    def _check_shape(self, values: object, measured: Measured) -> None:
+        """ConfigError unless there is one value a unit: a mean over the groups would be averaged again, in silence."""
+        wanted = {"response": (sum(measured.responses_per_group),)}.get(self.facts.unit, (len(measured.feedbacks),))
+        found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        if self.facts.unit != "step" and found != wanted:
+            raise ConfigError(
+                f'the loss "{self.facts.name}" gave {found}, and it must be a tensor of shape {wanted}',
+                todo=f"Return one loss a {'response' if self.facts.unit == 'response' else 'group'}, without a mean.",
+            )
+
+    def weighted(self, values: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """(values times the weights of their rows, the same summed for each group; NaN where they belong to none)."""
+        if self.facts.unit == "step":
+            return values, torch.full_like(rows.weight_G, math.nan)
+        if self.facts.unit == "response":
+            weighted = values * rows.weight_G[rows.group_S]
+            return weighted, torch.zeros_like(rows.weight_G).index_add(0, rows.group_S, weighted.detach())
+        weight_G = rows.weight_G * _imitable(rows) if self.facts.unit == "token" else rows.weight_G
+        return values * weight_G, (values * weight_G).detach()
+
+    def total(self, groups: Sequence[TokenGroup]) -> float:
+        """What the values of these groups are divided by: their weights, added up over the units of the loss."""
+        unit = self.facts.unit
+        weights = [group.feedback.weight for group in groups]
+        if unit == "response":
+            weights = [weight * len(group.response_ids) for weight, group in zip(weights, groups, strict=True)]
+        if unit == "token":
+            weights = [
+                weight * imitated_tokens(group.feedback, [int(flags.sum()) for flags in group.scored])
+                for weight, group in zip(weights, groups, strict=True)
+            ]
+        return math.fsum(weights) or 1.0
+
+
+def _imitable(rows: Rows) -> Tensor:
+    """1 for groups whose best response is good, 0 for an undesirable one and for ties."""
+    best_S = rows.target_S[rows.order_GK[:, 0]]
+    labels = torch.tensor([kind in ("label", "pair") for kind in rows.kinds], device=best_S.device)
+    return (~labels | (best_S > 0.5)).to(rows.weight_G.dtype)
+
+
+def imitated_tokens(feedback: object, tokens: Sequence[int]) -> int:
+    """Scored tokens of the response that `sft` imitates in a group with these counts; 0 where there is none."""
+    from prefopt.data.groups import Feedback
+    from prefopt.data.projections import best_first
+
+    assert isinstance(feedback, Feedback)
+    best = best_first(feedback, len(tokens))[0]
+    bad = feedback.kind in ("label", "pair") and targets_of(feedback, len(tokens))[best] <= 0.5
+    return 0 if bad else tokens[best]
 
 
 class Objective:
-    """A loss of the table with its options, as a function of log-probs. Unknown options raise ConfigError."""
+    """One loss, or a weighted sum of several, with their options, as a function of what a model said.
 
-    def __init__(self, name: str, options: Mapping[str, float | str] | None = None) -> None:
-        self.facts = loss_facts(name)
-        knobs = resolve_knobs(name, dict(options or {}))
-        module, _, function = self.facts.function.partition(":")
-        self.function: Callable[..., Tensor] = getattr(importlib.import_module(module), function)
-        self.reduce = str(knobs.pop("reduce", self.facts.reduce))
-        self.knobs = knobs
-        self.beta = float(knobs.get("beta", 1.0))
+    `options` is a loss section of the configuration (`{"name": "dpo", "beta": 0.1}`, `{"dpo": 1.0, "sft": 0.2}`).
+    Raises ConfigError for names and options that are not known.
+    """
 
-    def __call__(self, policy_S: Tensor, reference_S: Tensor, tokens_S: Tensor) -> Outcome:
-        """Losses and rewards. Log-probs are sums over the `tokens_S` scored tokens of each response, in nats."""
-        ratio_S = policy_S - reference_S
-        used_S = ratio_S / tokens_S if self.reduce == "mean" else ratio_S
-        loss_G = self.function(used_S[0::2], used_S[1::2], **self.knobs)
-        reward_S = self.beta * ratio_S.detach()
-        return Outcome(loss_G, reward_S[0::2], reward_S[1::2])
+    def __init__(self, options: Mapping[str, Value | Mapping[str, Value]]) -> None:
+        self.parts = tuple(LossPart(part) for part in resolve_parts(options))
+        rewarding = [part for part in self.parts if part.facts.implicit_reward != "none"]
+        self.rewarding = rewarding[0] if rewarding else None
+        self.beta = self.rewarding.beta if self.rewarding else 1.0
+
+    @property
+    def name(self) -> str:
+        return " + ".join(part.facts.name for part in self.parts)
+
+    @property
+    def step_wide(self) -> bool:
+        """Whether all groups of a step must be seen at once."""
+        return any(part.facts.step_wide for part in self.parts)
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(part.facts.needs_reference for part in self.parts)
+
+    @property
+    def needs_token_kl(self) -> bool:
+        return any(part.facts.needs_live_reference for part in self.parts)
+
+    @property
+    def needs_mismatched(self) -> bool:
+        return any(part.facts.needs_mismatched for part in self.parts)
+
+    @property
+    def needs_log_square(self) -> bool:
+        return any(part.on_policy_weighting for part in self.parts)
+
+    @property
+    def trains_reward_model(self) -> bool:
+        return any(part.facts.trains_reward_model for part in self.parts)
+
+    def totals(self, groups: Sequence[TokenGroup]) -> tuple[float, ...]:
+        """What each part is divided by in a step of `groups`: micro-batches of the step share it."""
+        return tuple(part.total(groups) for part in self.parts)
+
+    def __call__(self, measured: Measured, *, totals: Sequence[float], learn: bool = False) -> Outcome:
+        """The loss of `measured`, divided by `totals`. With `learn`, running statistics take this step in."""
+        rows = measured.rows
+        zero = measured.policy_N.new_zeros(())
+        loss = zero
+        loss_G = torch.zeros_like(rows.weight_G)
+        shares: dict[str, Tensor] = {}
+        kept: dict[int, Quantities] = {}
+        for number, (part, total) in enumerate(zip(self.parts, totals, strict=True)):
+            values, kept[number] = part.values(measured, learn=learn)
+            weighted, of_group_G = part.weighted(values, rows)
+            divide_by = len(values) if part.facts.unit == "step" else total
+            share = weighted.sum() / divide_by
+            loss = loss + part.weight * share
+            loss_G = loss_G + part.weight * of_group_G
+            shares[part.facts.name] = share.detach()
+        rewarding = self.parts.index(self.rewarding) if self.rewarding else 0
+        return Outcome(loss, shares, loss_G, *_described(kept[rewarding], self.rewarding))
+
+    def state(self) -> dict[str, dict[str, float]]:
+        """Running statistics by loss and name, as kept in a checkpoint."""
+        return {f"{part.facts.name}.{name}": running.state() for part in self.parts for name, running in part.running.items()}
+
+    def load_state(self, state: Mapping[str, Mapping[str, float]]) -> None:
+        """Put back what `state()` gave."""
+        for part in self.parts:
+            for name, running in part.running.items():
+                running.load(state[f"{part.facts.name}.{name}"])
+
+    def described(self) -> dict[str, object]:
+        """Names, weights and options of all parts: what makes two objectives the same."""
+        return {part.facts.name: {"weight": part.weight, **part.all_knobs} for part in self.parts}
+
+
+def _described(quantities: Quantities, rewarding: LossPart | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log-ratio, implicit reward, log-prob, scored tokens) of each response, detached; NaN where there is none."""
+    with torch.no_grad():
+        tokens_S, logp_S = quantities.tokens_S, quantities.logp_S
+        unknown_S = torch.full_like(tokens_S, math.nan)
+        ratio_S = quantities.plain_ratio_S.detach() if quantities.measured.reference_N is not None else unknown_S
+        if rewarding is None:
+            return ratio_S, unknown_S, logp_S.detach(), tokens_S
+        kind = rewarding.facts.implicit_reward
+        if kind == "score":
+            return ratio_S, quantities.score_S.detach(), logp_S.detach(), tokens_S
+        reward_S = {"ratio": ratio_S, "logp": logp_S, "mean_logp": logp_S / tokens_S}[kind]
+        return ratio_S, rewarding.beta * reward_S.detach(), logp_S.detach(), tokens_S
 
 
 def dpo_loss(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.core.config import RunConfig
-from prefopt.core.facts import LOSSES
+from prefopt.core.losses.table import parts_of_section, section_title
 from prefopt.core.run_folder import RunFolder
 from prefopt.report.findings import findings
 from prefopt.report.history import (
@@ -45,8 +45,6 @@ def report_data(run: RunFolder) -> Row:
     firsts = list({str(row.get("prompt")): row for row in reversed(run.samples())}.values())[::-1]  # the first of each prompt
     history = History(events)
     claims = verdict(run.path, history, evaluation)
-    name = part(config, "loss", "name")
-    facts = LOSSES.get(str(name))
     return {
         "run": run.path.name or str(run.path),
         "path": str(run.path),
@@ -62,9 +60,7 @@ def report_data(run: RunFolder) -> Row:
         "evaluation": evaluation,
         "audit": audit,
         "config": _config_rows(config),
-        "loss": {"name": name, "title": facts.title, "formula": facts.formula, "paper": facts.paper}
-        if facts
-        else {"name": name},
+        "loss": _loss(config.get("loss")),
         "environment": _environment(run.read("env.json"), history),
         "checkpoints": [_checkpoint(folder) for folder in run.complete_checkpoints()],
         "warnings": _warnings(history),
@@ -211,12 +207,28 @@ def _shortened(text: object) -> str:
     )
 
 
+def _loss(section: object) -> Row:
+    """Name, title, formula and paper of the loss; of a mix those of its parts, joined."""
+    parts = parts_of_section(section)
+    if not parts:
+        return {"name": section_title(section) or None}
+    weighted = [part.facts.formula if len(parts) == 1 else f"{part.weight:g} * [{part.facts.formula}]" for part in parts]
+    return {
+        "name": section_title(section),
+        "title": "; ".join(part.facts.title for part in parts),
+        "formula": " + ".join(weighted),
+        "paper": "; ".join(part.facts.paper for part in parts),
+    }
+
+
 def _config_rows(config: Mapping[str, Any]) -> list[Row]:
     """Every option with its default; `changed` where they differ."""
     defaults: dict[str, Any] = RunConfig().resolved()
-    facts = LOSSES.get(str(part(config, "loss", "name")))
-    if facts is not None:
-        defaults["loss"] = {"name": defaults["loss"]["name"]} | {key: knob.default for key, knob in facts.knobs.items()}
+    parts = parts_of_section(config.get("loss"))
+    if len(parts) == 1:
+        defaults["loss"] = {"name": defaults["loss"]["name"]} | {
+            key: knob.default for key, knob in parts[0].facts.knobs.items()
+        }
     rows = []
     for section, values in config.items():
         for key, value in values.items() if isinstance(values, Mapping) else [("", values)]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.core.errors import StorageError
+from prefopt.core.losses.table import section_title
 from prefopt.core.run_folder import RunFolder, find_runs
 from prefopt.report.history import History, interval, number, part
 
@@ -36,7 +37,7 @@ def _row(run: RunFolder) -> dict[str, Any]:
     return {
         "path": str(run.path),
         "state": name,
-        "loss": part(config, "loss", "name"),
+        "loss": section_title(part(config, "loss")) or None,
         "model": part(config, "model", "name"),
         "step": state.step,
         "total_steps": state.total_steps,

@@ -7,15 +7,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from prefopt.core.errors import ConfigError, DataError, nearest
 from prefopt.rollout.rewards import Reward
 
-How = Literal["best-worst", "all-pairs", "bradley-terry"]
-HOWS: tuple[How, ...] = ("best-worst", "all-pairs", "bradley-terry")
+How = Literal["best-worst", "all-pairs", "bradley-terry", "scores"]
+HOWS: tuple[How, ...] = ("best-worst", "all-pairs", "bradley-terry", "scores")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +52,11 @@ def label(
     `rows` hold `prompt` and `responses`; `scores` one number a response. best-worst: one pair a prompt, the highest
     against the lowest score. all-pairs: every pair of responses, the higher score is chosen. bradley-terry: every pair,
     and a is chosen over b with probability sigmoid(scale * (score a - score b)), the preference model of arXiv
-    2305.18290 eq. 1; the margin is then negative where the lower score won. Empty responses, identical responses, ties
+    2305.18290 eq. 1; the margin is then negative where the lower score won. scores: one row a prompt {prompt, responses,
+    scores}, all its different responses for losses that learn from K of them; only `finished` is added to it. Empty responses, identical responses, ties
     and pairs whose scores differ by less than `min_margin` are skipped and counted. Where the prompt is a message list,
-    chosen and rejected are message lists too. ConfigError for an unknown `how` or a scale that is not above 0.
+    chosen and rejected are message lists too. Where the row's `finished` says that one of them was cut, the pair has
+    `chosen_finished` and `rejected_finished`. ConfigError for an unknown `how` or a scale that is not above 0.
     """
     if how not in HOWS:
         raise ConfigError(f'how: "{how}" is not a way to label', todo=f"{nearest(how, HOWS)}Use one of {', '.join(HOWS)}.")
@@ -68,19 +70,27 @@ def label(
     flipped = 0
     for at, (row, given) in enumerate(zip(rows, scores, strict=True)):
         answers = _answers(at, row, given, skipped)
+        if how == "scores":
+            result += _group_of_k(row["prompt"], answers, skipped)
+            continue
         for better, worse in _pairs(answers, how):
             reason = _refused(better, worse, min_margin)
             if reason:
                 skipped[reason] += 1
                 continue
-            if how == "bradley-terry" and random.random() >= _sigmoid(scale * (better[1] - worse[1])):
+            if how == "bradley-terry" and random.random() >= _sigmoid(scale * (better.score - worse.score)):
                 better, worse = worse, better
                 flipped += 1
             result.append(_preference(row["prompt"], better, worse))
-    return LabelResult(result, dict(skipped), flipped)
+    return LabelResult(result, dict(+skipped), flipped)
 
 
-Answer = tuple[str, float]
+class Answer(NamedTuple):
+    """A response with its score, and whether it came to its end."""
+
+    text: str
+    score: float
+    finished: bool
 
 
 def _answers(at: int, row: Mapping[str, Any], scores: Sequence[float], skipped: Counter[str]) -> list[Answer]:
@@ -89,7 +99,15 @@ def _answers(at: int, row: Mapping[str, Any], scores: Sequence[float], skipped: 
         raise DataError(
             f"row {at}: {len(responses)} responses and {len(scores)} scores", todo="Give one score for each response."
         )
-    answers = [(text, float(score)) for text, score in zip(responses, scores, strict=True) if text.strip()]
+    finished = row.get("finished")
+    if finished is None:
+        finished = [True] * len(responses)
+    if not isinstance(finished, list) or [type(done) for done in finished] != [bool] * len(responses):
+        raise DataError(
+            f"row {at}: {len(responses)} responses, and finished is {finished!r}", todo="Give true or false for each response."
+        )
+    found = (Answer(text, float(score), done) for text, score, done in zip(responses, scores, finished, strict=True))
+    answers = [answer for answer in found if answer.text.strip()]
     if len(answers) < len(responses):
         skipped["empty response"] += len(responses) - len(answers)
     if len(answers) < 2:
@@ -103,29 +121,50 @@ def _pairs(answers: list[Answer], how: How) -> Iterator[tuple[Answer, Answer]]:
     if not answers:
         return
     if how == "best-worst":
-        yield max(answers, key=lambda answer: answer[1]), min(answers, key=lambda answer: answer[1])
+        yield max(answers, key=lambda answer: answer.score), min(answers, key=lambda answer: answer.score)
         return
     for one, other in combinations(answers, 2):
-        yield (one, other) if one[1] >= other[1] else (other, one)
+        yield (one, other) if one.score >= other.score else (other, one)
 
 
 def _refused(better: Answer, worse: Answer, min_margin: float) -> str:
-    if better[0].strip() == worse[0].strip():
+    if better.text.strip() == worse.text.strip():
         return "identical responses"
-    if better[1] == worse[1]:
+    if better.score == worse.score:
         return "tie"
-    return "margin below min_margin" if better[1] - worse[1] < min_margin else ""
+    return "margin below min_margin" if better.score - worse.score < min_margin else ""
 
 
 def _preference(prompt: Any, chosen: Answer, rejected: Answer) -> dict[str, Any]:
-    return {
+    row = {
         "prompt": prompt,
-        "chosen": _as_prompt_is(prompt, chosen[0]),
-        "rejected": _as_prompt_is(prompt, rejected[0]),
-        "margin": chosen[1] - rejected[1],
-        "chosen_score": chosen[1],
-        "rejected_score": rejected[1],
+        "chosen": _as_prompt_is(prompt, chosen.text),
+        "rejected": _as_prompt_is(prompt, rejected.text),
+        "margin": chosen.score - rejected.score,
+        "chosen_score": chosen.score,
+        "rejected_score": rejected.score,
     }
+    if not (chosen.finished and rejected.finished):
+        row |= {"chosen_finished": chosen.finished, "rejected_finished": rejected.finished}
+    return row
+
+
+def _group_of_k(prompt: Any, answers: list[Answer], skipped: Counter[str]) -> list[dict[str, Any]]:
+    """At most one row: the different responses with their scores."""
+    first: dict[str, Answer] = {}
+    for answer in answers:
+        first.setdefault(answer.text.strip(), answer)
+    different = list(first.values())
+    skipped["identical responses"] += len(answers) - len(different)
+    if len({answer.score for answer in different}) < 2:
+        skipped["tie"] += bool(answers)
+        return []
+    row = {
+        "prompt": prompt,
+        "responses": [_as_prompt_is(prompt, answer.text) for answer in different],
+        "scores": [answer.score for answer in different],
+    }
+    return [row if all(answer.finished for answer in different) else row | {"finished": [a.finished for a in different]}]
 
 
 def _as_prompt_is(prompt: Any, text: str) -> str | list[dict[str, str]]:

@@ -3,8 +3,12 @@
 step-000123/
   model.safetensors, config.json, tokenizer files    loads with transformers as it is (weights are the fp32 masters)
   optimizer.safetensors                              AdamW's state by weight name
-  training.json                                      step, tokens seen, reference and data identity
+  reference.safetensors                              a reference that follows the policy (tr-dpo, ema), fp32
+  training.json                                      step, tokens seen, running statistics, reference and data identity
   manifest.json                                      every file with its size; written last
+
+With LoRA and model.lora.save=adapter, adapter_model.safetensors and adapter_config.json stand in place of the model;
+with save=merged the model is the merged one, and the folder adapter/ holds these two for resuming.
 """
 
 from __future__ import annotations
@@ -22,16 +26,24 @@ from prefopt.core.errors import StorageError, TrainingError
 from prefopt.core.files import check_writable, digest, read_json, storage_errors, write_json
 from prefopt.core.run_folder import MANIFEST, checkpoint_is_complete
 from prefopt.data.encode import TokenGroup
+from prefopt.model.adapter_files import read_adapter, write_adapter
+from prefopt.model.adapters import lora_identity, merged_state
 from prefopt.model.reference import response_keys
 from prefopt.train.loop import Training
+from prefopt.train.moving_reference import MovingReference
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "training.json"
+ADAPTER_FOLDER = "adapter"
+REFERENCE_FILE = "reference.safetensors"
 
 
 def checkpoint_bytes(training: Training) -> int:
-    """Size of one checkpoint: fp32 weights and two moments."""
-    return 12 * sum(master.numel() for master in training.optimizer.masters.values())
+    """Size of one checkpoint: fp32 weights and two moments; with a merged adapter the frozen weights besides."""
+    trained = 12 * sum(master.numel() for master in training.optimizer.masters.values())
+    adapter = training.policy.adapter
+    merged = adapter is not None and adapter.config.save == "merged"
+    return trained + (4 * training.policy.model.num_parameters() if merged else 0)
 
 
 def save_checkpoint(training: Training, folder: Path) -> Path:
@@ -45,7 +57,7 @@ def save_checkpoint(training: Training, folder: Path) -> Path:
         check_writable(partial, needed_bytes=checkpoint_bytes(training))
         try:
             _write_files(training, partial)
-            sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir()) if file.is_file()}
+            sizes = {file.relative_to(partial).as_posix(): file.stat().st_size for file in _files(partial)}
             write_json(partial / MANIFEST, {"step": training.step, "files": sizes})
             _sync(partial)
             os.replace(partial, folder)
@@ -55,11 +67,20 @@ def save_checkpoint(training: Training, folder: Path) -> Path:
     return folder
 
 
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
 def _write_files(training: Training, folder: Path) -> None:
     state = {name: value.contiguous() for name, value in training.optimizer.state().items()}
+    adapter = training.policy.adapter
     try:
-        training.policy.model.save_pretrained(folder, state_dict=_master_state(training))
-        if training.optimizer.separate:
+        if adapter is None or adapter.config.save == "merged":
+            training.policy.model.save_pretrained(folder, state_dict=_master_state(training))
+        if adapter is not None:
+            home = folder / ADAPTER_FOLDER if adapter.config.save == "merged" else folder
+            write_adapter(training.policy, training.optimizer.masters, home)
+        if training.optimizer.separate and (folder / "config.json").exists():
             config = read_json(folder / "config.json")  # transformers writes the compute dtype; what is saved are the masters
             write_json(folder / "config.json", {**config, "dtype": "float32"})
         training.policy.tokenizer.save_pretrained(folder)
@@ -70,12 +91,20 @@ def _write_files(training: Training, folder: Path) -> None:
                 f"{folder}: the disk is full", todo="Free some space; earlier checkpoints are untouched."
             ) from error
         raise
-    write_json(folder / STATE_FILE, {"step": training.step, "num_tokens": training.num_tokens, **identities(training)})
+    if isinstance(training.reference, MovingReference):
+        save_file({name: weight.contiguous() for name, weight in training.reference.weights.items()}, folder / REFERENCE_FILE)
+    position = {"step": training.step, "num_tokens": training.num_tokens, "running": training.objective.state()}
+    write_json(folder / STATE_FILE, {**position, **identities(training)})
 
 
 def _master_state(training: Training) -> dict[str, Tensor] | None:
-    """The model's state with every weight as its master; names that share a weight share its master, or None in fp32."""
+    """The model's state with every weight as its master; names that share a weight share its master, or None in fp32.
+
+    With LoRA: the state of the plain model with the adapter merged into it.
+    """
     optimizer = training.optimizer
+    if training.policy.adapter is not None:
+        return merged_state(training.policy, optimizer.masters)
     if not optimizer.separate:
         return None
     masters = {id(parameter): optimizer.masters[name] for name, parameter in optimizer.model_parameters.items()}
@@ -84,14 +113,31 @@ def _master_state(training: Training) -> dict[str, Tensor] | None:
 
 
 def identities(training: Training) -> dict[str, Any]:
-    """What must be the same for a resumed run to equal the unbroken one."""
+    """What must be the same for a resumed run to equal the unbroken one; with LoRA also what adapter it is, on what."""
+    lora = {"lora": lora_identity(training.policy)} if training.policy.adapter is not None else {}
     return {
         "reference": training.reference.identity,
         "data": groups_digest(training.groups),
         "data_seed": training.data_seed,
         "groups_per_step": training.config.groups_per_step,
-        "loss": {"name": training.objective.facts.name, "reduce": training.objective.reduce, **training.objective.knobs},
+        "loss": training.objective.described(),
+        **lora,
     }
+
+
+def _changed(was: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first identity that differs, with its two values; of an adapter, the option that does."""
+    for name in [*now, *(["lora"] if "lora" in was and "lora" not in now else [])]:
+        old, new = was.get(name), now.get(name)
+        if old == new:
+            continue
+        if name != "lora" or old is None or new is None:
+            return name, old, new
+        option = next(key for key in new if old.get(key) != new[key])
+        if option == "targets":
+            return "lora.targets", sorted(set(old[option]) - set(new[option])), sorted(set(new[option]) - set(old[option]))
+        return f"lora.{option}", old.get(option), new[option]
+    return None
 
 
 def groups_digest(groups: Sequence[TokenGroup]) -> str:
@@ -100,7 +146,7 @@ def groups_digest(groups: Sequence[TokenGroup]) -> str:
 
 
 def _sync(folder: Path) -> None:
-    for file in folder.iterdir():
+    for file in _files(folder):
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
 
@@ -109,24 +155,33 @@ def load_checkpoint(training: Training, folder: Path) -> None:
     """Put weights, optimizer and position of the checkpoint `folder` into `training`.
 
     Raises StorageError where the checkpoint is incomplete, TrainingError where it belongs to other rows, another
-    reference or another loss.
+    reference, another loss or another adapter.
     """
     if not checkpoint_is_complete(folder):
         raise StorageError(f"{folder}: this checkpoint is incomplete", todo="Resume from an older one, or start again.")
     state = read_json(folder / STATE_FILE)
-    for name, now in identities(training).items():
-        if state[name] != now:
-            raise TrainingError(
-                f"{folder}: cannot be resumed, its {name} was {state[name]!r} and is now {now!r}",
-                todo="Resume with the configuration it was started with (config.json), or start a new run.",
-            )
-    weights = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        weights.update(load_file(file))
+    changed = _changed(state, identities(training))
+    if changed is not None:
+        name, was, now = changed
+        raise TrainingError(
+            f"{folder}: cannot be resumed, its {name} was {was!r} and is now {now!r}",
+            todo="Resume with the configuration it was started with (config.json), or start a new run.",
+        )
+    weights: dict[str, Tensor] = {}
+    if training.policy.adapter is not None:
+        home = folder / ADAPTER_FOLDER
+        weights = read_adapter(training.policy, home if home.is_dir() else folder)
+    else:
+        for file in sorted(folder.glob("model*.safetensors")):
+            weights.update(load_file(file))
     missing = training.optimizer.masters.keys() - weights.keys()
     if missing:
         raise StorageError(f"{folder}: has no weight {sorted(missing)[0]}", todo="Resume from another checkpoint.")
     training.optimizer.load(weights, load_file(folder / OPTIMIZER_FILE))
+    if isinstance(training.reference, MovingReference):
+        training.reference.load(load_file(folder / REFERENCE_FILE))
+        training.reference_is_initial = training.reference_is_initial and state["step"] < training.reference.every
+    training.objective.load_state(state["running"])
     training.step = state["step"]
     training.num_tokens = state["num_tokens"]
 

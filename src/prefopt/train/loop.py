@@ -1,6 +1,6 @@
 """The loop. Its body is the pseudocode; metrics, logging, evaluation and saving are observers.
 
-Shapes: G pairs of a step, S = 2 G responses, N scored tokens of a micro-batch.
+Shapes: G groups of a step, S responses.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Protocol
 
 import numpy as np
@@ -17,13 +18,15 @@ import torch
 from prefopt.core.config import TrainConfig
 from prefopt.core.errors import TrainingError
 from prefopt.data.encode import TokenGroup
-from prefopt.data.pack import groups_of_step, micro_batches, total_steps
-from prefopt.model.batch import sum_per_response
+from prefopt.data.pack import groups_of_step, total_steps
+from prefopt.model.adapters import seed_dropout
 from prefopt.model.engine import LanguageModel
 from prefopt.model.reference import Reference
 from prefopt.objective.apply import Objective
+from prefopt.train.gradients import Gradients
+from prefopt.train.moving_reference import MovingReference
 from prefopt.train.optimizer import MasterOptimizer, learning_rate
-from prefopt.train.record import PairValues, StepRecord
+from prefopt.train.record import StepRecord, StepValues
 
 # Largest |log-ratio| per token (nats) of a response while policy == reference that is still rounding.
 _STEP_ZERO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
@@ -66,6 +69,13 @@ class Training:
             max_steps=self.config.max_steps,
         )
 
+    @cached_property
+    def _strata(self) -> list[int] | None:
+        """Labelled rows: 1 for desirable ones, so that every step mixes both classes; None for other rows."""
+        if not all(group.feedback.kind == "label" for group in self.groups):
+            return None
+        return [int(bool(group.feedback.label)) for group in self.groups]
+
     @property
     def _total_groups(self) -> int:
         if self.config.max_steps is not None:
@@ -80,6 +90,7 @@ class Training:
             groups_per_step=self.config.groups_per_step,
             total_groups=self._total_groups,
             seed=self.data_seed,
+            strata=self._strata,
         )
         return [self.groups[place] for place in places]
 
@@ -102,12 +113,13 @@ class Training:
         self.optimizer.step(lr)
         tokens = sum(group.unique_tokens for group in groups)
         self.step += 1
+        if isinstance(self.reference, MovingReference) and self.reference.follow(self.step, self.optimizer.masters):
+            self.reference_is_initial = False
         self.num_tokens += tokens
         return StepRecord(
             step=self.step,
             epoch=min(self.step * self.config.groups_per_step, self._total_groups) / len(self.groups),
-            pairs=values,
-            beta=self.objective.beta,
+            values=values,
             grad_norm=grad_norm,
             lr=lr,
             seconds=time.monotonic() - started,
@@ -116,75 +128,50 @@ class Training:
             reference_is_initial=self.reference_is_initial,
         )
 
-    def accumulate_gradients(self, groups: Sequence[TokenGroup]) -> PairValues:
-        """Forward and backward over `groups` in micro-batches. Losses are divided by the step's count of groups,
-        so how the groups fall into micro-batches does not change the gradient."""
-        lengths = [self.policy.computed_tokens(group) for group in groups]
-        parts = []
-        order: list[int] = []
-        for members in micro_batches(lengths, budget_tokens=self.config.micro_batch_tokens):
-            parts.append(self._pair_losses([groups[place] for place in members], divide_by=len(groups)))
-            order += members
-        together = torch.cat(parts, dim=1).cpu().numpy()[:, np.argsort(order)]
-        return PairValues(tuple(group.source for group in groups), *together)
+    def accumulate_gradients(self, groups: Sequence[TokenGroup]) -> StepValues:
+        """Forward and backward over `groups` in micro-batches; how they are cut does not change the gradient."""
+        return self._gradients.accumulate(groups)
 
-    @torch.no_grad()
-    def evaluate(self, groups: Sequence[TokenGroup]) -> PairValues:
+    def evaluate(self, groups: Sequence[TokenGroup]) -> StepValues:
         """The same values on other groups, without gradients."""
         self.policy.model.eval()
-        lengths = [self.policy.computed_tokens(group) for group in groups]
-        parts = []
-        order: list[int] = []
-        for members in micro_batches(lengths, budget_tokens=2 * self.config.micro_batch_tokens):
-            parts.append(self._pair_losses([groups[place] for place in members], divide_by=None))
-            order += members
+        values = self._gradients.evaluate(groups)
         self.policy.model.train()
-        together = torch.cat(parts, dim=1).cpu().numpy()[:, np.argsort(order)]
-        return PairValues(tuple(group.source for group in groups), *together)
+        return values
 
-    def _pair_losses(self, groups: Sequence[TokenGroup], *, divide_by: int | None) -> torch.Tensor:
-        """Rows of PairValues for one micro-batch, shape (7, G); with `divide_by` also its backward pass."""
-        batch = self.policy.batch(groups)
-        logp_N = self.policy.token_logps(batch)
-        policy_S = sum_per_response(logp_N, batch)
-        reference = [float(values.sum(dtype=np.float64)) for group in self.reference.of(groups) for values in group]
-        reference_S = torch.tensor(reference, dtype=torch.float32, device=policy_S.device)
-        tokens_S = sum_per_response(torch.ones_like(logp_N), batch)
-        outcome = self.objective(policy_S, reference_S, tokens_S)
-        if divide_by is not None:
-            (outcome.loss_G.sum() / divide_by).backward()
-        policy_S = policy_S.detach()
-        return torch.stack(
-            [
-                outcome.loss_G.detach(),
-                outcome.chosen_reward_G,
-                outcome.rejected_reward_G,
-                policy_S[0::2],
-                policy_S[1::2],
-                tokens_S[0::2],
-                tokens_S[1::2],
-            ]
-        )
+    @property
+    def _gradients(self) -> Gradients:
+        adapter = self.policy.adapter
+        has_dropout = adapter is not None and adapter.config.dropout > 0
+        reseed = partial(seed_dropout, self.data_seed, self.step) if has_dropout else None
+        return Gradients(self.policy, self.reference, self.objective, self.config.micro_batch_tokens, reseed)
 
-    def _check_step_zero(self, values: PairValues) -> None:
+    def _check_step_zero(self, values: StepValues) -> None:
         """While policy == reference every log-ratio is 0 (and DPO's loss ln 2): this also proves the cache on its rows."""
-        ratios = np.concatenate([values.chosen_reward / values.chosen_tokens, values.rejected_reward / values.rejected_tokens])
-        sizes = np.where(np.isnan(ratios), np.inf, np.abs(ratios)) / self.objective.beta
+        if not self.objective.needs_reference:
+            return
+        per_token = np.abs(values.ratio) / values.tokens
+        sizes = np.where(np.isnan(per_token), np.inf, per_token)
         worst = float(sizes.max())
         if worst > _STEP_ZERO_TOLERANCE[self.policy.dtype]:
-            place = int(sizes.argmax()) % len(values.sources)
             raise TrainingError(
-                f"{values.sources[place]}: before the first update the policy differs from its reference by {worst:.3g} nats per token;"
-                " they have the same weights, so the reference log-probs are not this model's",
+                f"{values.sources[values.group[int(sizes.argmax())]]}: before the first update the policy differs from its"
+                f" reference by {worst:.3g} nats per token; they have the same weights, so the reference log-probs are not this model's",
                 todo="Delete the reference cache (reference.cache_dir), or report it with `prefopt selfcheck`.",
             )
 
-    def _check_finite(self, values: PairValues, grad_norm: float) -> None:
-        bad = [source for source, loss in zip(values.sources, values.loss, strict=True) if not math.isfinite(loss)]
-        if not bad and math.isfinite(grad_norm):
+    def _check_finite(self, values: StepValues, grad_norm: float) -> None:
+        if math.isfinite(values.total) and math.isfinite(grad_norm):
             return
         self.optimizer.clear()
-        what = "loss" if bad else f"gradient norm ({grad_norm})"
+        unsound = np.zeros(len(values.sources), dtype=bool)
+        for of_response in (values.reward, values.logp):
+            if not np.isnan(of_response).all():
+                np.logical_or.at(unsound, values.group, ~np.isfinite(of_response))
+        if not np.isnan(values.loss).all():
+            unsound |= ~np.isfinite(values.loss)
+        bad = [source for source, wrong in zip(values.sources, unsound, strict=True) if wrong]
+        what = "loss" if not math.isfinite(values.total) else f"gradient norm ({grad_norm})"
         rows = ", ".join((bad or list(values.sources))[:8])
         raise TrainingError(
             f"Step {self.step + 1}: the {what} is not finite; rows: {rows}. The update was not made",

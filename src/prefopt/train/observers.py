@@ -13,11 +13,11 @@ from prefopt.core.errors import Interrupted
 from prefopt.core.events import Event, EventLog
 from prefopt.core.progress import Progress, say
 from prefopt.core.run_folder import RunFolder
-from prefopt.core.statistics import wilson
+from prefopt.core.statistics import area_interval, wilson
 from prefopt.data.encode import TokenGroup
 from prefopt.train.checkpoint import prune_checkpoints, save_checkpoint
 from prefopt.train.loop import Training
-from prefopt.train.record import PairValues, StepRecord
+from prefopt.train.record import StepRecord, StepValues
 from prefopt.train.sinks import Sinks
 
 
@@ -33,15 +33,13 @@ class LogSteps:
         metrics = record.metrics()
         self.log.write("step", step=record.step, **metrics)
         self.sinks.log(metrics, record.step)
-        note = (
-            f"loss {metrics['loss']:.4f}, margin {metrics['rewards/margins']:.3f}, {metrics['tokens_per_second']:.0f} tokens/s"
-        )
-        self.bar.advance(1, note)
+        margin = f", margin {metrics['rewards/margins']:.3f}" if "rewards/margins" in metrics else ""
+        self.bar.advance(1, f"loss {metrics['loss']:.4f}{margin}, {metrics['tokens_per_second']:.0f} tokens/s")
 
 
 @dataclass
 class EvaluateHeldOut:
-    """Loss, accuracy and margins on held-out groups, every `every` steps and at the end."""
+    """Loss, accuracy and margins on held-out groups, every `every` steps and at the end; `measure(0)` before the first step."""
 
     training: Training
     groups: Sequence[TokenGroup]
@@ -54,21 +52,25 @@ class EvaluateHeldOut:
     def after_step(self, record: StepRecord) -> None:
         if record.step % self.every and record.step != self.training.total_steps:
             return
+        self._compare(self.measure(record.step)["eval/loss"], record.step)
+
+    def measure(self, step: int) -> dict[str, Any]:
+        """Evaluate now, log it as of optimizer step `step`, and return the metrics."""
         metrics = held_out_metrics(self.training.evaluate(self.groups))
         margins = metrics.pop("margins")
-        self.log.write("eval", step=record.step, **metrics, margins=margins)
-        self.sinks.log({name: value for name, value in metrics.items() if isinstance(value, float)}, record.step)
-        say(
-            f"step {record.step}: held-out accuracy {metrics['eval/rewards/accuracies']:.3f}"
-            f" ({metrics['eval/rewards/accuracies_low']:.3f} to {metrics['eval/rewards/accuracies_high']:.3f}),"
-            f" loss {metrics['eval/loss']:.4f}"
-        )
-        self._compare(metrics["eval/loss"], record.step)
+        self.log.write("eval", step=step, **metrics, margins=margins)
+        self.sinks.log({name: value for name, value in metrics.items() if isinstance(value, float)}, step)
+        accuracy = ""
+        if "eval/rewards/accuracies_low" in metrics:
+            value, low, high = (metrics[f"eval/rewards/accuracies{end}"] for end in ("", "_low", "_high"))
+            accuracy = f" accuracy {value:.3f} ({low:.3f} to {high:.3f}),"
+        say(f"step {step}: held-out{accuracy} loss {metrics['eval/loss']:.4f}")
+        return metrics
 
     def remember(self, events: Sequence[Event]) -> None:
         """Take up the best loss of a run that is resumed."""
         for event in events:
-            if event["kind"] == "eval" and event["eval/loss"] is not None:
+            if event["kind"] == "eval" and event["step"] > 0 and event["eval/loss"] is not None:
                 self._compare(event["eval/loss"], event["step"])
 
     def _compare(self, loss: float, step: int) -> None:
@@ -76,17 +78,25 @@ class EvaluateHeldOut:
             self.best_loss, self.best_step = loss, step
 
 
-def held_out_metrics(values: PairValues) -> dict[str, Any]:
-    """Metrics of held-out pairs with a 95 % Wilson interval of the accuracy, and every margin."""
+def held_out_metrics(values: StepValues) -> dict[str, Any]:
+    """Metrics of held-out groups with a 95 % interval of the accuracy, and every margin.
+
+    The interval is Wilson's over groups; for labelled responses, whose accuracy is an area under a curve, Hanley and McNeil's.
+    """
     metrics: dict[str, Any] = {
         f"eval/{name}": value for name, value in values.metrics().items() if not name.startswith("lengths")
     }
-    count = len(values.sources)
-    share = metrics["eval/rewards/accuracies"]
-    low, high = wilson(share, count)
+    metrics["eval/groups"] = len(values.sources)
+    metrics["margins"] = [round(float(margin), 5) for margin in values.margins] if values.has_rewards else []
+    if "eval/rewards/accuracies" not in metrics:
+        return metrics
+    share, count = values.accuracy()
+    if (values.responses == 1).all():
+        good = int((values.target > 0.5).sum())
+        low, high = area_interval(share, good, count - good)
+    else:
+        low, high = wilson(share, count)
     metrics["eval/rewards/accuracies_low"], metrics["eval/rewards/accuracies_high"] = low, high
-    metrics["eval/groups"] = count
-    metrics["margins"] = [round(float(margin), 5) for margin in values.margin]
     return metrics
 
 
