@@ -5,7 +5,7 @@
 
 Rows are `sentence_good` over `sentence_bad` with the prompt "" (the beginning-of-text token alone) and no end token. Accuracy
 is exact: the share of held-out pairs whose good sentence has the larger log-prob under the policy itself, whatever the
-reference says. Training and held-out pairs are disjoint rows of one phenomenon, drawn with the seed; flips are drawn
+reference says. (kto is not among the losses: its KL needs responses under another prompt, and here there is one.) Training and held-out pairs are disjoint rows of one phenomenon, drawn with the seed; flips are drawn
 with the seed too and never touch held-out pairs. Every run goes through `prefopt.train_run`.
 """
 
@@ -41,7 +41,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "simpo": {"name": "simpo", "beta": 2.0, "gamma": 1.0},
     "cpo": {"name": "cpo", "beta": 0.1},
     "orpo": {"name": "orpo", "beta": 1.0},
-    "kto": {"name": "kto", "beta": 0.1},
+    "apo_zero_unpaired": {"name": "apo_zero_unpaired", "beta": 0.1},
     "plackett_luce": {"name": "plackett_luce", "beta": 0.1},
     "dpo + sft": {"dpo": 1.0, "sft": 0.2, "beta": 0.1},
 }

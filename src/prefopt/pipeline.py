@@ -178,7 +178,8 @@ def start_training(
     """The Training of `config` at step 0, with its adapter and its reference ready."""
     own_reference = reference_model is None and config.reference.model is None
     kind = config.reference_kind
-    initial = copy.deepcopy(policy.model) if own_reference and kind in ("live", "tr-dpo", "ema") else None
+    moving = kind in ("tr-dpo", "ema")  # its weights stay in fp32 as well
+    initial = copy.deepcopy(policy.model) if own_reference and (kind == "live" or moving) else None
     if config.model.lora is not None:
         add_lora(policy, config.model.lora, seed=config.data.seed)
     training = Training(
@@ -196,10 +197,12 @@ def start_training(
     def other() -> LanguageModel:
         if initial is not None:
             name, dtype, device = policy.name, policy.dtype, policy.device
-            return as_language_model(initial, policy.tokenizer, name=name, dtype=dtype, device=device, for_training=False)
+            return as_language_model(initial, policy.tokenizer, name=name, dtype=dtype, device=device, for_training=moving)
         if own_reference:
             return policy
-        return reference_model or load_model(str(config.reference.model), precision=config.train.precision)
+        if reference_model is not None:
+            return reference_model
+        return load_model(str(config.reference.model), precision=config.train.precision, for_training=moving)
 
     training.reference = _reference(config, other, rows)
     return training

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -95,7 +96,7 @@ class TestFacts:
 
     def test_the_working_folder_is_searched(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr("sys.path", [*__import__("sys").path])
+        monkeypatch.setattr(sys, "path", list(sys.path))
         (tmp_path / "losses_beside_the_recipe.py").write_text("def f(best_logp_G): return -best_logp_G", encoding="utf-8")
         assert loss_facts("losses_beside_the_recipe:f").inputs == ("best_logp_G",)
 

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 
-from prefopt.report import findings as rules
-from prefopt.report.findings import Finding, Known, findings
+from prefopt.report import data_rules, evaluation_rules, training_rules
+from prefopt.report.findings import RULES, findings
 from prefopt.report.history import History
+from prefopt.report.known import Finding, Known
 
 Rule = Callable[[Known], Finding | None]
 LN2 = math.log(2)
+SFT = {"loss": {"name": "sft"}}
+KTO = {"loss": {"name": "kto", "desirable_weight": 1.0, "undesirable_weight": 1.0}}
 DPO = {"loss": {"name": "dpo", "beta": 0.1}, "train": {"max_grad_norm": 1.0}, "reference": {"model": None}}
 
 
@@ -73,76 +76,127 @@ def refusals(count: int) -> dict[str, Any]:
     return {"rows": 1000, "refused": {"empty response": {"count": count, "examples": []}}}
 
 
+def labels(desirable: int, undesirable: int) -> dict[str, Any]:
+    return {"shape": "label", "feedback": {"labels": {"desirable": desirable, "undesirable": undesirable}}}
+
+
+def losses(*values: float) -> list[dict[str, Any]]:
+    """Held-out evaluations, the first of them before the first step."""
+    return [{"kind": "eval", "step": 10 * index, "eval/loss": value} for index, value in enumerate(values)]
+
+
 def norms(above: int) -> list[dict[str, Any]]:
     return steps(above, grad_norm=1.5) + steps(20 - above, grad_norm=1.0)
 
 
 FIRES: list[tuple[str, Rule, str, Known]] = [
-    ("start", rules.start_differs, "warning", known(steps(1, loss=LN2 + 0.02))),
-    ("start ipo", rules.start_differs, "warning", known(steps(1, loss=LN2), config={"loss": {"name": "ipo", "beta": 0.1}})),
-    ("stuck in training", rules.loss_stuck, "warning", known(steps(loss=LN2))),
-    ("stuck held out", rules.loss_stuck, "warning", known(steps(loss=0.2) + evals({"eval/loss": LN2}, {"eval/loss": 0.7}))),
+    ("start", training_rules.start_differs, "warning", known(steps(1, loss=LN2 + 0.02))),
+    (
+        "start ipo",
+        training_rules.start_differs,
+        "warning",
+        known(steps(1, loss=LN2), config={"loss": {"name": "ipo", "beta": 0.1}}),
+    ),
+    ("stuck in training", training_rules.loss_stuck, "warning", known(steps(loss=LN2))),
+    (
+        "stuck held out",
+        training_rules.loss_stuck,
+        "warning",
+        known(steps(loss=0.2) + evals({"eval/loss": LN2}, {"eval/loss": 0.7})),
+    ),
+    ("imitates", training_rules.imitation, "good", known(losses(3.0, 2.9), config=SFT)),
+    ("past its best", training_rules.past_best, "note", known(losses(LN2, LN2 - 0.1, LN2 - 0.079))),
     (
         "overfit to chance",
-        rules.overfitted,
+        training_rules.overfitted,
         "warning",
         known(steps(rewards__accuracies=0.9), evaluation=heldout(0.66, 0.5, 0.8)),
     ),
-    ("overfit by gap", rules.overfitted, "warning", known(steps(rewards__accuracies=1.0), evaluation=heldout(0.74, 0.7, 0.8))),
-    ("learned", rules.heldout_evidence, "good", known(evaluation=heldout(0.6, 0.501, 0.7))),
-    ("not learned", rules.heldout_evidence, "warning", known(evaluation=heldout(0.6, 0.5, 0.7))),
-    ("swapped", rules.heldout_evidence, "warning", known(evaluation=heldout(0.4, 0.3, 0.499))),
-    ("both fell", rules.log_probs_fell, "note", known(fell(-1, -2))),
-    ("chosen fell far", rules.log_probs_fell, "warning", known(fell(-20.1, -50))),
-    ("better reward", rules.reward_change, "good", known(evaluation=reward(0.2, 0.001, 0.4))),
-    ("worse reward", rules.reward_change, "warning", known(evaluation=reward(-0.2, -0.4, -0.001))),
-    ("same reward", rules.reward_change, "note", known(evaluation=reward(0.2, 0.0, 0.4))),
-    ("wins", rules.win_rate, "good", known(evaluation=wins(0.6, 0.501, 0.7))),
-    ("loses", rules.win_rate, "warning", known(evaluation=wins(0.4, 0.3, 0.499))),
-    ("far", rules.kl_large, "warning", known(evaluation=kl(25.1))),
-    ("longer", rules.longer, "warning", known(evaluation=sides("length", span(126, 0, 0), span(100, 0, 0)))),
+    (
+        "overfit by gap",
+        training_rules.overfitted,
+        "warning",
+        known(steps(rewards__accuracies=1.0), evaluation=heldout(0.74, 0.7, 0.8)),
+    ),
+    ("learned", training_rules.heldout_evidence, "good", known(evaluation=heldout(0.6, 0.501, 0.7))),
+    ("not learned", training_rules.heldout_evidence, "warning", known(evaluation=heldout(0.6, 0.5, 0.7))),
+    ("swapped", training_rules.heldout_evidence, "warning", known(evaluation=heldout(0.4, 0.3, 0.499))),
+    ("both fell", training_rules.log_probs_fell, "note", known(fell(-1, -2))),
+    ("chosen fell far", training_rules.log_probs_fell, "warning", known(fell(-20.1, -50))),
+    ("better reward", evaluation_rules.reward_change, "good", known(evaluation=reward(0.2, 0.001, 0.4))),
+    ("worse reward", evaluation_rules.reward_change, "warning", known(evaluation=reward(-0.2, -0.4, -0.001))),
+    ("same reward", evaluation_rules.reward_change, "note", known(evaluation=reward(0.2, 0.0, 0.4))),
+    ("wins", evaluation_rules.win_rate, "good", known(evaluation=wins(0.6, 0.501, 0.7))),
+    ("loses", evaluation_rules.win_rate, "warning", known(evaluation=wins(0.4, 0.3, 0.499))),
+    ("far", evaluation_rules.kl_large, "warning", known(evaluation=kl(25.1))),
+    ("longer", evaluation_rules.longer, "warning", known(evaluation=sides("length", span(126, 0, 0), span(100, 0, 0)))),
     (
         "same-ish",
-        rules.less_diverse,
+        evaluation_rules.less_diverse,
         "warning",
         known(evaluation=sides("diversity", {"distinct_2": 0.34}, {"distinct_2": 0.5})),
     ),
-    ("unfinished", rules.unfinished, "warning", known(evaluation=sides("finished", 0.84, 0.9))),
-    ("clipped", rules.clipped, "note", known(norms(11))),
-    ("length bias", rules.length_bias, "warning", known(audit={"length_bias": {"auc": 0.61}})),
-    ("short bias", rules.length_bias, "note", known(audit={"length_bias": {"auc": 0.39}})),
-    ("few duplicates", rules.duplicates, "note", known(audit=counted("duplicates", 10))),
-    ("many duplicates", rules.duplicates, "warning", known(audit=counted("duplicates", 11))),
-    ("few contradictions", rules.contradictions, "note", known(audit=counted("contradictions", 1))),
-    ("contradictions", rules.contradictions, "warning", known(audit=counted("contradictions", 11))),
-    ("leak", rules.leakage, "warning", known(audit={"leakage": {"against": "eval.jsonl", "prompts": 1, "groups": 0}})),
-    ("refused", rules.refused, "warning", known(audit=refusals(51))),
-    ("overlong", rules.overlong, "warning", known(audit=over(51))),
+    ("unfinished", evaluation_rules.unfinished, "warning", known(evaluation=sides("finished", 0.84, 0.9))),
+    ("clipped", training_rules.clipped, "note", known(norms(11))),
+    ("length bias", data_rules.length_bias, "warning", known(audit={"length_bias": {"auc": 0.61}})),
+    ("short bias", data_rules.length_bias, "note", known(audit={"length_bias": {"auc": 0.39}})),
+    ("few desirable", data_rules.rare_class, "note", known(audit=labels(99, 901), config=KTO)),
+    (
+        "few undesirable, weighted",
+        data_rules.rare_class,
+        "note",
+        known(audit=labels(800, 200), config={"loss": {"name": "kto", "desirable_weight": 2.3}}),
+    ),
+    ("few duplicates", data_rules.duplicates, "note", known(audit=counted("duplicates", 10))),
+    ("many duplicates", data_rules.duplicates, "warning", known(audit=counted("duplicates", 11))),
+    ("few contradictions", data_rules.contradictions, "note", known(audit=counted("contradictions", 1))),
+    ("contradictions", data_rules.contradictions, "warning", known(audit=counted("contradictions", 11))),
+    ("leak", data_rules.leakage, "warning", known(audit={"leakage": {"against": "eval.jsonl", "prompts": 1, "groups": 0}})),
+    ("refused", data_rules.refused, "warning", known(audit=refusals(51))),
+    ("overlong", data_rules.overlong, "warning", known(audit=over(51))),
 ]
 SILENT: list[tuple[str, Rule, Known]] = [
-    ("start exact", rules.start_differs, known(steps(1, loss=LN2))),
-    ("start ipo", rules.start_differs, known(steps(1, loss=25.0), config={"loss": {"name": "ipo", "beta": 0.1}})),
-    ("start resumed", rules.start_differs, known(steps(1, first=50, loss=0.3))),
-    ("start other reference", rules.start_differs, known(steps(1, loss=0.3), config={**DPO, "reference": {"model": "other"}})),
-    ("start unknown loss", rules.start_differs, known(steps(1, loss=0.3), config={"loss": {"name": "new"}})),
-    ("falling", rules.loss_stuck, known(steps(loss=0.69))),
-    ("one step", rules.loss_stuck, known(steps(1, loss=LN2))),
-    ("generalises", rules.overfitted, known(steps(rewards__accuracies=1.0), evaluation=heldout(0.75, 0.7, 0.8))),
-    ("modest", rules.overfitted, known(steps(rewards__accuracies=0.89), evaluation=heldout(0.5, 0.4, 0.6))),
-    ("chosen rose", rules.log_probs_fell, known(fell(3, -9))),
-    ("rejected fell less", rules.log_probs_fell, known(fell(-9, -3))),
-    ("level rate", rules.win_rate, known(evaluation=wins(0.6, 0.5, 0.7))),
-    ("near", rules.kl_large, known(evaluation=kl(25.0))),
-    ("a little longer", rules.longer, known(evaluation=sides("length", span(125, 0, 0), span(100, 0, 0)))),
-    ("varied", rules.less_diverse, known(evaluation=sides("diversity", {"distinct_2": 0.36}, {"distinct_2": 0.5}))),
-    ("finished", rules.unfinished, known(evaluation=sides("finished", 0.85, 0.9))),
-    ("half clipped", rules.clipped, known(norms(10))),
-    ("no bias", rules.length_bias, known(audit={"length_bias": {"auc": 0.6}})),
-    ("no leak", rules.leakage, known(audit={"leakage": {"against": "e", "prompts": 0, "groups": 0}})),
-    ("no duplicates", rules.duplicates, known(audit=counted("duplicates", 0))),
-    ("no contradictions", rules.contradictions, known(audit=counted("contradictions", 0))),
-    ("few refused", rules.refused, known(audit=refusals(50))),
-    ("few overlong", rules.overlong, known(audit=over(50))),
+    ("start exact", training_rules.start_differs, known(steps(1, loss=LN2))),
+    ("start ipo", training_rules.start_differs, known(steps(1, loss=25.0), config={"loss": {"name": "ipo", "beta": 0.1}})),
+    ("start resumed", training_rules.start_differs, known(steps(1, first=50, loss=0.3))),
+    (
+        "start other reference",
+        training_rules.start_differs,
+        known(steps(1, loss=0.3), config={**DPO, "reference": {"model": "other"}}),
+    ),
+    ("start unknown loss", training_rules.start_differs, known(steps(1, loss=0.3), config={"loss": {"name": "new"}})),
+    ("falling", training_rules.loss_stuck, known(steps(loss=0.69))),
+    ("one step", training_rules.loss_stuck, known(steps(1, loss=LN2))),
+    ("no imitation", training_rules.imitation, known(losses(3.0, 2.9))),
+    ("imitates no better", training_rules.imitation, known(losses(3.0, 3.0), config=SFT)),
+    ("about its best", training_rules.past_best, known(losses(LN2, LN2 - 0.1, LN2 - 0.081))),
+    (
+        "its best against a reference that moved",
+        training_rules.past_best,
+        known(losses(LN2, 0.5, LN2), config={**DPO, "reference": {"kind": "ema"}}),
+    ),
+    ("generalises", training_rules.overfitted, known(steps(rewards__accuracies=1.0), evaluation=heldout(0.75, 0.7, 0.8))),
+    ("modest", training_rules.overfitted, known(steps(rewards__accuracies=0.89), evaluation=heldout(0.5, 0.4, 0.6))),
+    ("chosen rose", training_rules.log_probs_fell, known(fell(3, -9))),
+    ("rejected fell less", training_rules.log_probs_fell, known(fell(-9, -3))),
+    ("level rate", evaluation_rules.win_rate, known(evaluation=wins(0.6, 0.5, 0.7))),
+    ("near", evaluation_rules.kl_large, known(evaluation=kl(25.0))),
+    ("a little longer", evaluation_rules.longer, known(evaluation=sides("length", span(125, 0, 0), span(100, 0, 0)))),
+    ("varied", evaluation_rules.less_diverse, known(evaluation=sides("diversity", {"distinct_2": 0.36}, {"distinct_2": 0.5}))),
+    ("finished", evaluation_rules.unfinished, known(evaluation=sides("finished", 0.85, 0.9))),
+    ("half clipped", training_rules.clipped, known(norms(10))),
+    ("no bias", data_rules.length_bias, known(audit={"length_bias": {"auc": 0.6}})),
+    ("a tenth is desirable", data_rules.rare_class, known(audit=labels(100, 900), config=KTO)),
+    (
+        "weights make up for it",
+        data_rules.rare_class,
+        known(audit=labels(50, 950), config={"loss": {"name": "kto", "desirable_weight": 19.0}}),
+    ),
+    ("no leak", data_rules.leakage, known(audit={"leakage": {"against": "e", "prompts": 0, "groups": 0}})),
+    ("no duplicates", data_rules.duplicates, known(audit=counted("duplicates", 0))),
+    ("no contradictions", data_rules.contradictions, known(audit=counted("contradictions", 0))),
+    ("few refused", data_rules.refused, known(audit=refusals(50))),
+    ("few overlong", data_rules.overlong, known(audit=over(50))),
 ]
 
 
@@ -160,20 +214,20 @@ def test_a_rule_is_silent_up_to_its_threshold(rule: Rule, given: Known) -> None:
     assert rule(given) is None
 
 
-@pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_a_rule_is_silent_where_nothing_is_known(rule: Rule) -> None:
     assert rule(known()) is None
     assert rule(Known(History([{"kind": "step", "step": 1, "loss": None}]))) is None
 
 
 def test_every_rule_has_a_case_that_fires() -> None:
-    assert {case[1] for case in FIRES} == set(rules.RULES)
+    assert {case[1] for case in FIRES} == set(RULES)
 
 
 def test_long_responses_alone_are_not_over_optimised() -> None:
     short, long = (
-        rules.log_probs_fell(known(fell(-21, -50, tokens=100))),
-        rules.log_probs_fell(known(fell(-21, -50, tokens=1000))),
+        training_rules.log_probs_fell(known(fell(-21, -50, tokens=100))),
+        training_rules.log_probs_fell(known(fell(-21, -50, tokens=1000))),
     )
     assert short is not None
     assert long is not None
@@ -185,15 +239,15 @@ def test_log_probs_on_the_same_heldout_rows_come_before_drift_in_training() -> N
         {"eval/logps/chosen": -100.0, "eval/logps/rejected": -100.0},
         {"eval/logps/chosen": -103.0, "eval/logps/rejected": -109.0},
     )
-    found = rules.log_probs_fell(known(fell(-40, -50) + rows))
+    found = training_rules.log_probs_fell(known(fell(-40, -50) + rows))
     assert found is not None
     assert "−3.00" in found.evidence
 
 
 def test_evaluation_comes_before_what_training_saw() -> None:
     event = {"eval/rewards/accuracies": 0.5, "eval/rewards/accuracies_low": 0.4, "eval/rewards/accuracies_high": 0.6}
-    in_training = rules.heldout_evidence(known(evals(event)))
-    evaluated = rules.heldout_evidence(known(evals(event), evaluation=heldout(0.7, 0.6, 0.8)))
+    in_training = training_rules.heldout_evidence(known(evals(event)))
+    evaluated = training_rules.heldout_evidence(known(evals(event), evaluation=heldout(0.7, 0.6, 0.8)))
     assert in_training is not None
     assert evaluated is not None
     assert (in_training.level, evaluated.level) == ("warning", "good")
@@ -218,8 +272,8 @@ def test_the_evaluation_before_the_first_step_says_nothing_about_training() -> N
         "eval/rewards/accuracies_low": 0.4,
         "eval/rewards/accuracies_high": 0.6,
     }
-    assert rules.heldout_evidence(known([{**row, "step": 0}])) is None
-    assert rules.heldout_evidence(known([{**row, "step": 1}])) is not None
+    assert training_rules.heldout_evidence(known([{**row, "step": 0}])) is None
+    assert training_rules.heldout_evidence(known([{**row, "step": 1}])) is not None
 
 
 def test_nothing_known_means_nothing_said() -> None:

@@ -64,19 +64,14 @@ def rows_for(section: Row, kind: str, count: int = 12) -> list[Row]:
     """Rows of `kind` as the losses of `section` take them: with ties where they learn from these."""
     facts = [part.facts for part in resolve_parts(section)]
     if kind == "pair":
-        return pairs(count, ties=all(one.learns_from_ties or one.unit == "token" for one in facts) and len(facts) > 0)
+        return pairs(count, ties=all(one.learns_from_ties or one.unit == "token" for one in facts))
     if kind == "scores":
         return scores(count, tied=not any(one.strict_order for one in facts))
     return {"label": labels, "ranking": rankings, "demonstration": demonstrations}[kind](count)
 
 
-def section_of(name: str) -> Row:
-    """The loss section of one loss; in full for tdpo, which has two versions."""
-    return {"name": name}
-
-
 # Every loss on every kind of rows that it learns from.
-SINGLE = [(section_of(name), kind) for name, facts in LOSSES.items() for kind in facts.accepts]
+SINGLE: list[tuple[Row, str]] = [({"name": name}, kind) for name, facts in LOSSES.items() for kind in facts.accepts]
 
 # Ways of reading and mixing them.
 VARIANTS: list[tuple[Row, str]] = [

@@ -22,8 +22,7 @@ from prefopt.core.resolve import resolve_config
 from prefopt.core.run_folder import RunFolder, checkpoint_is_complete
 from prefopt.model.load import load_model
 from prefopt.pipeline import train_run
-from prefopt.train import observers
-from train.tiny_runs import preference_rows, tiny_config, tiny_training, weights_of, write_model, write_rows
+from train.tiny_runs import preference_rows, stop_after, tiny_config, tiny_training, weights_of, write_model, write_rows
 
 STEPS = 4
 LN_2 = 0.6931471805599453
@@ -147,22 +146,6 @@ def test_a_merged_checkpoint_is_complete_with_its_adapter_only(tmp_path: Path) -
     assert checkpoint_is_complete(folder)
     (folder / "adapter" / "adapter_model.safetensors").unlink()
     assert not checkpoint_is_complete(folder)
-
-
-def stop_after(step: int, config: RunConfig) -> RunFolder:
-    """Train and fail behind the checkpoint of `step`."""
-    before = observers.SaveCheckpoints.after_step
-
-    def after_step(self: observers.SaveCheckpoints, record: Any) -> None:
-        before(self, record)
-        if record.step == step:
-            raise RuntimeError("the machine went away")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(observers.SaveCheckpoints, "after_step", after_step)
-        with pytest.raises(RuntimeError, match="went away"):
-            train_run(config)
-    return RunFolder(Path(config.train.output_dir))
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,11 @@ def test_a_step_with_one_class_has_no_accuracy() -> None:
     assert metrics["rewards/chosen"] == pytest.approx(0.2)
 
 
+def test_labelled_rows_have_no_margins_however_many_of_each_there_are() -> None:
+    for targets in ([1, 1, 0], [1, 0, 0], [1, 0], [1, 1]):
+        assert list(values([1] * len(targets), targets, [0.1] * len(targets)).margins) == []
+
+
 def test_demonstrations_have_log_probs_and_no_rewards() -> None:
     nan = float("nan")
     metrics = values([1, 1], [nan, nan], [nan, nan]).metrics()

@@ -26,7 +26,7 @@ from prefopt.core.run_folder import RunFolder
 from prefopt.pipeline import train_run
 from prefopt.train import checkpoint, observers
 from prefopt.train.loop import Training
-from train.tiny_runs import preference_rows, tiny_config, write_rows
+from train.tiny_runs import preference_rows, stop_after, tiny_config, write_rows
 
 STEPS = 6
 MEASURED = ("loss", "rewards/margins", "logps/chosen", "grad_norm", "lr", "num_tokens", "epoch")
@@ -67,22 +67,6 @@ def assert_same_run(run: RunFolder, unbroken: RunFolder) -> None:
     assert json.loads((ours / "training.json").read_text()) == json.loads((theirs / "training.json").read_text())
     assert losses(run) == losses(unbroken)
     assert [event["step"] for event in run.events() if event["kind"] == "step"] == list(range(1, STEPS + 1))
-
-
-def stop_after(step: int, config: RunConfig) -> RunFolder:
-    """Train and fail behind the checkpoint of `step`, as a run does whose machine goes away."""
-    before = observers.SaveCheckpoints.after_step
-
-    def after_step(self: observers.SaveCheckpoints, record: Any) -> None:
-        before(self, record)
-        if record.step == step:
-            raise RuntimeError("the machine went away")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(observers.SaveCheckpoints, "after_step", after_step)
-        with pytest.raises(RuntimeError, match="went away"):
-            train_run(config)
-    return RunFolder(Path(config.train.output_dir))
 
 
 SLOW_STEPS = """

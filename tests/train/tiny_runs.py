@@ -6,15 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prefopt.core.config import RunConfig
 from prefopt.core.resolve import resolve_config
+from prefopt.core.run_folder import RunFolder
 from prefopt.model.engine import LanguageModel
 from prefopt.model.load import load_model
-from prefopt.pipeline import prepare_rows, start_training
+from prefopt.pipeline import prepare_rows, start_training, train_run
+from prefopt.train import observers
 from prefopt.train.loop import Training
 
 CHATML = (
@@ -113,6 +116,22 @@ def tiny_training(config: RunConfig, *, policy: LanguageModel | None = None) -> 
     rows = prepare_rows(config, policy.tokenizer, policy.context_tokens)
     _ = policy.sharing
     return start_training(config, policy, rows)
+
+
+def stop_after(step: int, config: RunConfig) -> RunFolder:
+    """Train and fail behind the checkpoint of `step`, as a run does whose machine goes away."""
+    before = observers.SaveCheckpoints.after_step
+
+    def after_step(self: observers.SaveCheckpoints, record: Any) -> None:
+        before(self, record)
+        if record.step == step:
+            raise RuntimeError("the machine went away")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(observers.SaveCheckpoints, "after_step", after_step)
+        with pytest.raises(RuntimeError, match="went away"):
+            train_run(config)
+    return RunFolder(Path(config.train.output_dir))
 
 
 def weights_of(training: Training) -> dict[str, torch.Tensor]:

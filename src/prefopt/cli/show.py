@@ -146,13 +146,19 @@ def runs(
     from rich.table import Table
 
     table = Table(box=None)
-    for column in ("run", "state", "loss", "model", "steps", "last loss", "held-out accuracy", "reward", "KL"):
+    for column in ("run", "state", "loss", "model", "steps", "last loss", "held-out loss", "held-out accuracy", "reward", "KL"):
         table.add_column(column)
     for row in rows:
         steps = f"{row['step']}/{row['total_steps']}"
         numbers = [
             _number(row[key], sign)
-            for key, sign in (("last_loss", ""), ("heldout_accuracy", ""), ("reward_difference", "+"), ("kl", ""))
+            for key, sign in (
+                ("last_loss", ""),
+                ("heldout_loss", ""),
+                ("heldout_accuracy", ""),
+                ("reward_difference", "+"),
+                ("kl", ""),
+            )
         ]
         table.add_row(str(row["path"]), row["state"], row["loss"] or "", str(row["model"] or ""), steps, *numbers)
     Console(width=None if Console().is_terminal else 200).print(table)

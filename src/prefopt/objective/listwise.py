@@ -83,5 +83,5 @@ def lambda_weight(ranked_GK: Tensor, value_GK: Tensor, present_GK: Tensor) -> Te
 
 
 def _only(rivals_GKK: Tensor, leads_GKK: Tensor) -> Tensor:
-    """Leads of the rivals, so low elsewhere that they add nothing to a sum of exponentials, and finite: -inf has NaN gradients."""
+    """Leads of the rivals; elsewhere the lowest finite number, which adds nothing to a sum of exponentials."""
     return leads_GKK.masked_fill(~rivals_GKK, torch.finfo(leads_GKK.dtype).min)

@@ -13,8 +13,9 @@ from markupsafe import Markup
 from prefopt.core.files import write_text
 from prefopt.core.run_folder import RunFolder
 from prefopt.report.contents import report_data
-from prefopt.report.figures import Figure, audit_figures, run_figures
-from prefopt.report.history import num, number, percent
+from prefopt.report.drawing import Figure
+from prefopt.report.figures import audit_figures, run_figures
+from prefopt.report.history import num, number, part, percent, plural
 
 __all__ = ["build_report", "report_data", "report_markdown"]
 
@@ -27,16 +28,17 @@ def build_report(run: RunFolder) -> Path:
     StorageError where a file of the run is broken or the folder cannot be written.
     """
     data = report_data(run)
+    audit = data["audit"] or {}
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"num": _shown, "percent": percent, "value": _plain}
     page = environment.get_template("report.html.j2").render(
         **data,
-        figures=[_markup(figure) for figure in run_figures(run.events(), run.read("config.json") or {}, run.samples())],
-        token_figures=[_markup(figure) for figure in audit_figures(data["audit"] or {})],
-        audit_rows=audit_rows(data["audit"] or {}),
-        audit_examples=audit_examples(data["audit"] or {}),
+        figures=[_markup(figure) for figure in run_figures(run.events(), run.read("config.json") or {}, run.samples(), audit)],
+        token_figures=[_markup(figure) for figure in audit_figures(audit)],
+        audit_rows=audit_rows(audit),
+        audit_examples=audit_examples(audit),
     )
     write_text(run.report_path, page)
     return run.report_path
@@ -63,11 +65,12 @@ def audit_rows(audit: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows += [(label, f"{audit[key]:,}") for label, key in (("Rows", "rows"), ("Usable groups", "groups")) if key in audit]
     for label, key, field in (
         ("Duplicates", "duplicates", "count"),
-        ("Contradictions (same pair, both labels)", "contradictions", "count"),
+        ("Contradictions (preferred both ways)", "contradictions", "count"),
         ("Rows with special-token text, neutralised", "special_text", "rows"),
     ):
         if audit.get(key):
             rows.append((label, f"{audit[key].get(field, 0):,}"))
+    rows += _feedback_rows(audit.get("feedback") or {})
     if bias := audit.get("length_bias"):
         share = " to ".join(f"{100 * bias[end]:.1f}" for end in ("low", "high") if end in bias)
         rows.append(
@@ -84,6 +87,26 @@ def audit_rows(audit: Mapping[str, Any]) -> list[tuple[str, str]]:
     for side, stats in (audit.get("tokens") or {}).items():
         kept = ", ".join(f"{key} {float(stats[key]):,.4g}" for key in ("min", "median", "mean", "p95", "max") if key in stats)
         rows.append((f"Tokens of {'the prompt' if side == 'prompt' else side}", kept))
+    return rows
+
+
+def _feedback_rows(feedback: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What is known about the responses: how many there are to a prompt, how labels, ties and equal scores are spread."""
+    rows = []
+    if spread := feedback.get("responses_per_prompt"):
+        low, high = (number(spread.get(end)) or 0 for end in ("min", "max"))
+        count = int(number(feedback.get("prompts")) or 0)
+        each = plural(int(low), "response") if low == high else f"{low:.0f} to {high:.0f} responses"
+        rows.append(("Different prompts", f"{count:,}, {each} each" if low == high else f"{count:,}, {each}"))
+    if labels := feedback.get("labels"):
+        found = f"{labels.get('desirable', 0):,} desirable, {labels.get('undesirable', 0):,} undesirable"
+        rows.append(("Labels", f"{found} ({percent(number(labels.get('share')) or 0.0)} desirable)"))
+    if (tied := part(feedback, "ties", "tied")) and number(tied):
+        rows.append(("Tied pairs", f"{tied:,} ({percent(number(part(feedback, 'ties', 'share')) or 0.0)})"))
+    if (equal := part(feedback, "tied_scores", "tied")) and number(equal):
+        rows.append(("Rows with equal scores", f"{equal:,}, in {part(feedback, 'tied_scores', 'all_equal'):,} of them all"))
+    if cut := number(feedback.get("unfinished")):
+        rows.append(("Responses cut at a token limit", f"{cut:,.0f}"))
     return rows
 
 

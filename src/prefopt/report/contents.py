@@ -4,35 +4,40 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from prefopt.core.config import RunConfig
-from prefopt.core.losses.table import parts_of_section, section_title
+from prefopt.core.errors import PrefoptError
+from prefopt.core.losses.table import Part, parts_of_section, section_title
 from prefopt.core.run_folder import RunFolder
+from prefopt.report.cards import cards
 from prefopt.report.findings import findings
 from prefopt.report.history import (
     History,
     Interval,
-    duration,
+    Maybe,
+    Row,
     interval,
     num,
     number,
     part,
     percent,
     percent_spread,
-    plural,
+    perplexity,
     spread,
 )
+from prefopt.report.known import Known
+from prefopt.report.wording import Wording
 
 MOST_SAMPLES = 12
 MOST_CHARACTERS = 4000  # of one text; a page of 12 samples stays readable and small
 MOST_WARNINGS = 30
-
-Row = dict[str, Any]
-Maybe = Mapping[str, Any] | None
 
 
 def report_data(run: RunFolder) -> Row:
@@ -44,7 +49,8 @@ def report_data(run: RunFolder) -> Row:
     evaluation, audit = run.read("evaluation.json"), run.read("audit.json")
     firsts = list({str(row.get("prompt")): row for row in reversed(run.samples())}.values())[::-1]  # the first of each prompt
     history = History(events)
-    claims = verdict(run.path, history, evaluation)
+    known = Known(history, evaluation or {}, audit or {}, config)
+    claims = verdict(run.path, known)
     return {
         "run": run.path.name or str(run.path),
         "path": str(run.path),
@@ -52,7 +58,7 @@ def report_data(run: RunFolder) -> Row:
         "verdict": claims[0],
         "verdict_more": claims[1:],
         "findings": [asdict(finding) for finding in findings(events, evaluation, audit, config)],
-        "cards": _cards(history, evaluation),
+        "cards": cards(known),
         "reward_name": part(evaluation, "reward", "name") or "reward",
         "samples": [_sample(row) for row in firsts[:MOST_SAMPLES]],
         "samples_total": len(firsts),
@@ -64,22 +70,36 @@ def report_data(run: RunFolder) -> Row:
         "environment": _environment(run.read("env.json"), history),
         "checkpoints": [_checkpoint(folder) for folder in run.complete_checkpoints()],
         "warnings": _warnings(history),
-        "repeat": _repeat(run),
+        "repeat": _repeat(run, known.wording),
     }
 
 
-def verdict(path: Path, history: History, evaluation: Maybe) -> list[str]:
+def verdict(path: Path, known: Known) -> list[str]:
     """Sentences: what changed, by how much and at what price in KL, with intervals; or that it was not evaluated yet."""
-    claims = _claims(evaluation)
-    price = kl_text(evaluation)
+    claims, price = _claims(known.evaluation), kl_text(known.evaluation)
     if claims:
         claims[0] += f", at a KL of {price}" if price else ""
         return [f"{claim}." for claim in claims]
     if price:
         return [f"The policy is at a KL of {price} from its reference; whether it is better was not evaluated."]
-    seen = history.heldout_accuracy()
-    said = [f"In training it ranked {percent(seen[0])} of held-out pairs as labelled ({percent_spread(seen)})."] if seen else []
-    return [f"Not evaluated yet: run `prefopt evaluate {shlex.quote(str(path))}`.", *said]
+    return _not_evaluated(shlex.quote(str(path)), known)
+
+
+def _not_evaluated(path: str, known: Known) -> list[str]:
+    """What training itself has seen of held-out rows, and the command that measures."""
+    seen, history = known.history.heldout_accuracy(), known.history
+    if known.wording.reward_model:
+        score = f"`{_measure(path, known.wording)}`"
+        if seen is None:
+            return [f"Not measured on held-out rows: run {score}."]
+        return [f"In training the reward model {known.wording.claim(seen)}.", f"{score} measures it on other rows."]
+    said = [f"In training it {known.wording.claim(seen)}."] if seen else []
+    start, loss = history.at_start("eval/loss"), history.last("eval/loss")
+    if known.wording.imitates and start is not None and loss is not None and len(history.series("eval/loss")[0]) > 1:
+        said.append(
+            f"In training the perplexity of held-out demonstrations went from {num(perplexity(start))} to {num(perplexity(loss))}."
+        )
+    return [f"Not evaluated yet: run `{_measure(path, known.wording)}`.", *said]
 
 
 def _claims(evaluation: Maybe) -> list[str]:
@@ -112,78 +132,6 @@ def kl_text(evaluation: Maybe) -> str:
     return f"{num(value)} nats a response{ends}"
 
 
-def _card(label: str, value: str, detail: str = "") -> Row:
-    return {"label": label, "value": value, "detail": detail}
-
-
-def _cards(history: History, evaluation: Maybe) -> list[Row]:
-    return [
-        card for card in (*_quality_cards(history, evaluation), *_change_cards(evaluation), *_training_cards(history)) if card
-    ]
-
-
-def _quality_cards(history: History, evaluation: Maybe) -> list[Row | None]:
-    difference, rate = interval(part(evaluation, "reward", "difference")), interval(part(evaluation, "win_rate", "rate"))
-    evaluated = interval(part(evaluation, "heldout", "accuracy"))
-    accuracy = evaluated or history.heldout_accuracy()
-    when = "" if evaluated else ", last look in training"
-    policy, reference = (interval(part(evaluation, "reward", side)) for side in ("policy", "reference"))
-    levels = f"; {num(reference[0])}\u00a0→\u00a0{num(policy[0])}" if policy and reference else ""
-    return [
-        difference and _card("Reward difference", num(difference[0], sign=True), f"{spread(difference, sign=True)}{levels}"),
-        rate and _card("Win rate", percent(rate[0]), f"{percent_spread(rate)}, {plural(rate[3], 'prompt')}"),
-        accuracy
-        and _card(
-            "Held-out accuracy", percent(accuracy[0]), f"{percent_spread(accuracy)}, {plural(accuracy[3], 'pair')}{when}"
-        ),
-    ]
-
-
-def _change_cards(evaluation: Maybe) -> list[Row | None]:
-    kl, error = (number(part(evaluation, "kl", "per_response", key)) for key in ("value", "standard_error"))
-    token = number(part(evaluation, "kl", "per_token", "value"))
-    detail = [f"± {num(1.96 * error)} nats a response"] if error is not None else ["nats a response"]
-    detail += [f"{num(token)} a token"] if token is not None else []
-    cards: list[Row | None] = [_card("KL from reference", num(kl), "; ".join(detail)) if kl is not None else None]
-    lengths = [interval(part(evaluation, "length", side)) for side in ("policy", "reference")]
-    if lengths[0] and lengths[1]:
-        cards.append(_card("Length", f"{num(lengths[0][0])} tokens", f"reference {num(lengths[1][0])} ({spread(lengths[1])})"))
-    for label, keys, show in (
-        ("Distinct word pairs", ("diversity", "distinct_2"), num),
-        ("Finished responses", ("finished", ""), percent),
-    ):
-        values = [number(part(evaluation, keys[0], side, *filter(None, keys[1:]))) for side in ("policy", "reference")]
-        if values[0] is not None and values[1] is not None:
-            cards.append(_card(label, show(values[0]), f"reference {show(values[1])}"))
-    return cards
-
-
-def _training_cards(history: History) -> list[Row | None]:
-    loss, first = history.final("loss"), history.first("loss")
-    steps, margin = len(history.series("loss")[1]), history.final("rewards/margins")
-    window = f"mean of last {plural(history.tail_steps(steps), 'step')}" if steps > 1 else "one step"
-    seconds = _seconds(history)
-    tokens = history.last("num_tokens")
-    state = history.state(now=0.0)
-    return [
-        _card("Training loss", num(loss), f"from {num(first)}; {window}") if loss is not None and first is not None else None,
-        _card("Training margin", num(margin, sign=True), "implicit reward, chosen minus rejected")
-        if margin is not None
-        else None,
-        _card(
-            "Steps",
-            f"{state.step:,}" + (f" of {state.total_steps:,}" if state.total_steps > state.step else ""),
-            ", ".join(([f"{tokens:,.0f} tokens"] if tokens else []) + ([duration(seconds)] if seconds else [])),
-        ),
-    ]
-
-
-def _seconds(history: History) -> float:
-    ends = [number(event.get("seconds")) for event in history.of_kind("end")]
-    steps = history.series("step_seconds")[1]
-    return (ends[-1] if ends else None) or sum(steps)
-
-
 def _training(history: History) -> Row:
     """First and final value of every metric; `final` averages the last tenth of the steps."""
     keys = sorted(
@@ -208,35 +156,62 @@ def _shortened(text: object) -> str:
 
 
 def _loss(section: object) -> Row:
-    """Name, title, formula and paper of the loss; of a mix those of its parts, joined."""
+    """Name, title, formula and paper of the loss, of a mix those of its parts, joined; `said` is a line for the page."""
     parts = parts_of_section(section)
     if not parts:
-        return {"name": section_title(section) or None}
-    weighted = [part.facts.formula if len(parts) == 1 else f"{part.weight:g} * [{part.facts.formula}]" for part in parts]
+        return {"name": section_title(section) or None, "said": ""}
+    mixed = len(parts) > 1
+    weighted = [f"{one.weight:g} * [{one.facts.formula}]" if mixed else one.facts.formula for one in parts]
+    said = [_said(one, weighted=mixed) for one in parts]
     return {
         "name": section_title(section),
-        "title": "; ".join(part.facts.title for part in parts),
+        "title": "; ".join(one.facts.title for one in parts),
         "formula": " + ".join(weighted),
-        "paper": "; ".join(part.facts.paper for part in parts),
+        "paper": "; ".join(one.facts.paper for one in parts),
+        "said": f"{' + '.join(said)}.",
     }
 
 
+def _said(one: Part, *, weighted: bool) -> str:
+    """`Direct Preference Optimization (arXiv 2305.18290, eq. 7)`, within a mix with its weight and without what explains it."""
+    title, paper = one.facts.title.split(";")[0], one.facts.paper.split(";")[0]
+    return f"{one.weight:g} × {title.split(':')[0]} ({paper})" if weighted else f"{title} ({paper})"
+
+
 def _config_rows(config: Mapping[str, Any]) -> list[Row]:
-    """Every option with its default; `changed` where they differ."""
-    defaults: dict[str, Any] = RunConfig().resolved()
+    """Every option with its default; `changed` where they differ. Sections within sections, as of a mix, are spread out."""
+    defaults = _defaults(config)
+    rows = []
+    for keys, value in _leaves(config):
+        default = part(defaults, *keys)
+        rows.append({"key": ".".join(keys), "value": value, "default": default, "changed": value != default})
+    return rows
+
+
+def _leaves(values: Mapping[str, Any], *above: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, *above, key)
+        else:
+            yield (*above, key), value
+
+
+def _defaults(config: Mapping[str, Any]) -> Row:
+    """What every option is where it is not set: those of the chosen losses, and the reference that they need."""
+    defaults: Row = RunConfig().resolved()
     parts = parts_of_section(config.get("loss"))
     if len(parts) == 1:
-        defaults["loss"] = {"name": defaults["loss"]["name"]} | {
-            key: knob.default for key, knob in parts[0].facts.knobs.items()
-        }
-    rows = []
-    for section, values in config.items():
-        for key, value in values.items() if isinstance(values, Mapping) else [("", values)]:
-            default = part(defaults, section, key)
-            rows.append(
-                {"key": f"{section}.{key}".rstrip("."), "value": value, "default": default, "changed": value != default}
-            )
-    return rows
+        defaults["loss"] = {"name": defaults["loss"]["name"], **_knobs(parts[0])}
+    elif parts:
+        defaults["loss"] = {one.name: {"weight": 1.0, **_knobs(one)} for one in parts}
+    reference = {**(part(config, "reference") or {}), "kind": "auto"}
+    with suppress(ValidationError, PrefoptError):  # of a version with other options
+        defaults["reference"]["kind"] = RunConfig.model_validate({**config, "reference": reference}).reference_kind
+    return defaults
+
+
+def _knobs(one: Part) -> Row:
+    return {key: knob.default for key, knob in one.facts.knobs.items()}
 
 
 def _environment(env: Maybe, history: History) -> dict[str, str]:
@@ -265,8 +240,15 @@ def _warnings(history: History) -> list[Row]:
     return [{"message": message, "step": first[message], "count": count} for message, count in counts.items()][:MOST_WARNINGS]
 
 
-def _repeat(run: RunFolder) -> list[str]:
+def _repeat(run: RunFolder, said: Wording) -> list[str]:
     """Commands that repeat the run, evaluate it and write this report."""
     path, again = shlex.quote(str(run.path)), shlex.quote(f"{run.path}-again")
     config = shlex.quote(str(run.path / "config.json"))
-    return [f"prefopt train {config} train.output_dir={again}", f"prefopt evaluate {path}", f"prefopt report {path}"]
+    return [f"prefopt train {config} train.output_dir={again}", _measure(path, said), f"prefopt report {path}"]
+
+
+def _measure(path: str, said: Wording) -> str:
+    """The command that measures a run: of held-out pairs it needs nothing else, of other rows prompts to answer."""
+    if said.reward_model:
+        return f"prefopt score --reward-model {path} ROWS -o scores.jsonl"
+    return f"prefopt evaluate {path}" + ("" if said.words.row == "pair" else " --prompts PROMPTS")

@@ -11,6 +11,8 @@ from typing import Any, Literal
 from prefopt.core.events import Event
 
 StateName = Literal["finished", "interrupted", "failed", "running"]
+Row = dict[str, Any]
+Maybe = Mapping[str, Any] | None
 Interval = tuple[float, float, float, int]  # value, low, high, n
 
 _TAIL_SHARE = 0.1  # a single step sees a few groups only; the last tenth of a run is its end
@@ -70,6 +72,11 @@ class History:
     def tail_steps(count: int) -> int:
         """How many of `count` steps `final` averages."""
         return min(_TAIL_MOST_STEPS, max(1, math.ceil(count * _TAIL_SHARE)))
+
+    def at_start(self, key: str) -> float | None:
+        """An `eval/` metric before the first step; None where the run was not evaluated then."""
+        steps, values = self.series(key)
+        return values[0] if steps and steps[0] == 0 else None
 
     def change(self, key: str) -> float | None:
         """Last minus first value of an `eval/` metric, which sees the same rows each time; None with fewer than two."""
@@ -194,9 +201,6 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def start_loss(config: Mapping[str, Any]) -> float | None:
-    """Loss where policy == reference, in nats: ln 2 for DPO (cDPO too), 1 / (4 beta^2) for IPO; None where not known."""
-    name, beta = part(config, "loss", "name"), number(part(config, "loss", "beta"))
-    if name == "dpo":
-        return math.log(2)
-    return 1 / (4 * beta * beta) if name == "ipo" and beta else None
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats a token; what no float holds is cut off."""
+    return math.exp(min(loss, 700.0))

@@ -15,8 +15,8 @@ from prefopt.report.history import History, interval, number, part
 def run_rows(root: Path) -> list[dict[str, Any]]:
     """Runs at `root` or up to two folders below, newest first.
 
-    Keys: path, state, loss, model, step, total_steps, last_loss (mean of the last tenth), heldout_accuracy,
-    reward_difference, kl (nats a response), when (UTC, ISO 8601). None where the run does not say; state is
+    Keys: path, state, loss, model, step, total_steps, last_loss (mean of the last tenth), heldout_loss, heldout_accuracy
+    (of labelled responses an area under the ROC curve), reward_difference, kl (nats a response), when (UTC, ISO 8601). None where the run does not say; state is
     "unreadable" where one of its files is broken.
     """
     rows = [_row(run) for run in find_runs(root)]
@@ -42,6 +42,7 @@ def _row(run: RunFolder) -> dict[str, Any]:
         "step": state.step,
         "total_steps": state.total_steps,
         "last_loss": history.final("loss"),
+        "heldout_loss": history.last("eval/loss"),
         "heldout_accuracy": accuracy[0] if accuracy else None,
         "reward_difference": difference[0] if difference else None,
         "kl": number(part(evaluation, "kl", "per_response", "value")),

@@ -39,11 +39,14 @@ REFERENCE_FILE = "reference.safetensors"
 
 
 def checkpoint_bytes(training: Training) -> int:
-    """Size of one checkpoint: fp32 weights and two moments; with a merged adapter the frozen weights besides."""
+    """Size of one checkpoint: fp32 weights and two moments; with a merged adapter the frozen weights, and with a moving
+    reference its weights besides."""
     trained = 12 * sum(master.numel() for master in training.optimizer.masters.values())
     adapter = training.policy.adapter
     merged = adapter is not None and adapter.config.save == "merged"
-    return trained + (4 * training.policy.model.num_parameters() if merged else 0)
+    moving = training.reference.weights.values() if isinstance(training.reference, MovingReference) else ()
+    reference = 4 * sum(weight.numel() for weight in moving)
+    return trained + reference + (4 * training.policy.model.num_parameters() if merged else 0)
 
 
 def save_checkpoint(training: Training, folder: Path) -> Path:

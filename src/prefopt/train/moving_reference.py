@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from prefopt.model.engine import LanguageModel
+from prefopt.model.engine import LanguageModel, cast_parameters
 from prefopt.model.reference import LiveReference
 
 
@@ -16,7 +16,7 @@ class MovingReference(LiveReference):
 
     mix 1 is the hard and mix < 1 the soft update of TR-DPO (arXiv 2404.09656 eq. 4 and 5); every step with a small mix
     is an exponential moving average of decay 1 - mix. Its weights are kept in fp32, whatever dtype it computes in, and
-    are part of every checkpoint.
+    are part of every checkpoint: give it a model as loaded, in fp32, which is cast to its compute dtype here.
     """
 
     def __init__(self, model: LanguageModel, *, micro_batch_tokens: int, mix: float, every: int) -> None:
@@ -25,11 +25,12 @@ class MovingReference(LiveReference):
         self.every = every
         self.identity = f"{self.identity}-moving-{mix:g}-every-{every}"
         named = dict(model.model.named_parameters())
-        exact = model.dtype == torch.float32
-        self.weights: dict[str, Tensor] = {
-            name: parameter.detach() if exact else parameter.detach().float() for name, parameter in named.items()
-        }
-        self.computing: dict[str, Tensor] = {} if exact else {name: parameter.detach() for name, parameter in named.items()}
+        self.weights: dict[str, Tensor] = {name: parameter.detach() for name, parameter in named.items()}
+        self.computing: dict[str, Tensor] = {}
+        if model.dtype != torch.float32:
+            self.weights = {name: weight.clone().float() for name, weight in self.weights.items()}
+            cast_parameters(model.model, model.dtype)
+            self.computing = {name: parameter.detach() for name, parameter in named.items()}
 
     @torch.no_grad()
     def follow(self, step: int, policy: Mapping[str, Tensor]) -> bool:

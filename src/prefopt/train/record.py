@@ -50,7 +50,12 @@ class StepValues:
 
     @property
     def margins(self) -> Values:
-        """Reward of the best response less the mean of the others, of each group with at least two; ties left out."""
+        """Reward of the best response less the mean of the others, of each group with at least two; ties left out.
+
+        Single responses have none: nothing says which desirable one would be compared with which undesirable one.
+        """
+        if (self.responses == 1).all():
+            return np.empty(0)
         good, others = self._sides(self.reward)
         return good - others
 
