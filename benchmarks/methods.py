@@ -194,7 +194,8 @@ def main() -> None:
     lines = args.out.read_text(encoding="utf-8").splitlines() if args.out.exists() else []
     done = {(run["recipe"], run["rows"]): run for run in map(json.loads, lines)}
     recipes = args.only or sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml") if path.stem not in LEFT_OUT)
-    for recipe, source in [] if args.table else [(recipe, source) for recipe in recipes for source in sources(recipe)]:
+    wanted = [] if args.table else [(name, source) for name in recipes for source in sources(name)]
+    for recipe, source in wanted:
         if (recipe, source[0]) in done and not args.only:
             continue
         run = done[recipe, source[0]] = one_run(args, recipe, source)
