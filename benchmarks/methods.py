@@ -155,7 +155,11 @@ def one_run(args: argparse.Namespace, recipe: str, source: Source) -> dict[str, 
         words.append("reference.sync_every_steps=8")
     with tempfile.TemporaryDirectory() as folder:
         words.append(f"data.train={as_file(train, Path(folder) / 'train.jsonl')}")
-        words += ["data.eval_rows=100"] if held_out is None else [f"data.eval={as_file(held_out, Path(folder) / 'eval.jsonl')}"]
+        words += (
+            ["data.eval_rows=100"]
+            if held_out is None
+            else ["data.eval_rows=0", f"data.eval={as_file(held_out, Path(folder) / 'eval.jsonl')}"]
+        )
         values = read_recipe(ROOT / "recipes" / f"{recipe}.yaml")
         config = resolve_config(values, [*words, f"train.output_dir={Path(folder) / 'run'}"], source=recipe)
         started = time.monotonic()

@@ -5,8 +5,10 @@
 
 Rows are `sentence_good` over `sentence_bad` with the prompt "" (the beginning-of-text token alone) and no end token. Accuracy
 is exact: the share of held-out pairs whose good sentence has the larger log-prob under the policy itself, whatever the
-reference says. (kto is not among the losses: its KL needs responses under another prompt, and here there is one.) Training and held-out pairs are disjoint rows of one phenomenon, drawn with the seed; flips are drawn
-with the seed too and never touch held-out pairs. Every run goes through `prefopt.train_run`.
+reference says. The accuracy of the implicit reward, which compares with the reference, stands beside it. Training and
+held-out pairs are disjoint rows of one phenomenon, drawn with the seed; flips are drawn with the seed too and never touch
+held-out pairs. Every run goes through `prefopt.train_run`. (kto is not among the losses: its KL needs responses under another
+prompt, and here there is one.)
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from prefopt.pipeline import train_run
 
 SHARED = Path(os.environ.get("PREFOPT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 8: 2.36, 10: 2.26}  # Student's t, two-sided, by count of seeds
+KEYS = {"log-prob": "logps/accuracies", "reward": "rewards/accuracies"}
 LOSSES: dict[str, dict[str, Any]] = {
     "dpo": {"name": "dpo", "beta": 0.1},
     "cdpo": {"name": "cdpo", "beta": 0.1, "label_smoothing": 0.1},
@@ -103,32 +106,38 @@ def one_run(args: argparse.Namespace, loss: str, seed: int) -> dict[str, Any]:
         )
         run = train_run(config, train_rows=train, eval_rows=held_out)
         evals = [event for event in run.events() if event["kind"] == "eval"]
-    curve = [(event["step"], event["eval/logps/accuracies"]) for event in evals]
-    return {"loss": loss, "seed": seed, "flip": args.flip, "epochs": args.epochs, "pairs": len(train), "curve": curve}
+    curves = {name: [event[f"eval/{key}"] for event in evals] for name, key in KEYS.items()}
+    return {"loss": loss, "seed": seed, "flip": args.flip, "epochs": args.epochs, "pairs": len(train), **curves}
+
+
+def mean_and_interval(last: list[float]) -> str:
+    """Over seeds by Student's t; of one seed, Wilson's over its 200 held-out pairs."""
+    value = statistics.mean(last)
+    if len(last) > 1:
+        half = T_95[len(last)] * statistics.stdev(last) / len(last) ** 0.5
+        low, high = value - half, value + half
+    else:
+        low, high = wilson(value, 200)
+    return f"{value:.3f} ({low:.3f} to {high:.3f})"
 
 
 def main() -> None:
     args = parse()
     set_quiet(True)
     print(f"{args.phenomenon}, {args.pairs} training pairs, {args.flip:.0%} flipped, {args.epochs:g} epochs, lr {args.lr:g}")
-    print("| loss | before | after | gain, points | 95 % interval | curve of the mean |\n| --- | --- | --- | --- | --- | --- |")
+    print("| loss | before | after | gain, points | by implicit reward | mean along the way | by implicit reward |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for loss in args.losses:
         runs = [one_run(args, loss, seed) for seed in range(args.seeds)]
         if args.json:
             with open(args.json, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(run) + "\n" for run in runs)
-        first = [run["curve"][0][1] for run in runs]
-        last = [run["curve"][-1][1] for run in runs]
-        before, after = statistics.mean(first), statistics.mean(last)
-        if len(runs) > 1:
-            half = T_95[len(runs)] * statistics.stdev(last) / len(runs) ** 0.5
-            low, high = after - half, after + half
-        else:
-            low, high = wilson(after, 200)
-        points = zip(*(run["curve"] for run in runs), strict=True)
-        curve = " ".join(f"{statistics.mean(value for _, value in at):.3f}" for at in points)
-        gain = 100 * (after - before)
-        print(f"| {loss} | {before:.3f} | {after:.3f} | {gain:+.1f} | {low:.3f} to {high:.3f} | {curve} |", flush=True)
+        means = {key: [statistics.mean(at) for at in zip(*(run[key] for run in runs), strict=True)] for key in KEYS}
+        exact, reward = (mean_and_interval([run[key][-1] for run in runs]) for key in KEYS)
+        along = [" ".join(f"{value:.3f}" for value in means[key]) for key in KEYS]
+        before, *_, after = means["log-prob"]
+        gain = f"{100 * (after - before):+.1f}"
+        print(f"| {loss} | {before:.3f} | {exact} | {gain} | {reward} | {along[0]} | {along[1]} |", flush=True)
 
 
 if __name__ == "__main__":

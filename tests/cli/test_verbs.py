@@ -264,6 +264,19 @@ def test_sample_label_train_evaluate_score_report(folder: Path, model: Path) -> 
     assert re.search(r"^ *run +\S+ +dpo", prefopt("runs", ".").out, re.MULTILINE)
 
 
+def test_a_run_scores_rows_under_its_own_template(folder: Path, model: Path) -> None:
+    assert prefopt(*small(model, "data.template=plain", "data.eval_rows=2")).code == 0
+
+    def log_probs(*words: str) -> list[list[float]]:
+        done = prefopt("score", "run", "rows.jsonl", "-o", "out.jsonl", *words)
+        assert done.code == 0, done.err
+        return [json.loads(line)["logps"] for line in (folder / "out.jsonl").read_text().splitlines()]
+
+    own = log_probs()
+    assert own == log_probs("--template", "plain")
+    assert own != log_probs("--template", "chat")
+
+
 def test_evaluate_measures_the_held_out_rows_of_training(folder: Path, model: Path) -> None:
     """Under a small prompt budget responses may fill the rest of the context, in training and in evaluation alike."""
     rows = [{**row, "rejected": row["rejected"] + " qwzx" * (number % 2) * 12} for number, row in enumerate(preference_rows())]

@@ -142,6 +142,16 @@ def _policy_and_rows(given: list[str], reward_model: str | None, only_policy: di
     return None, given[0]
 
 
+def _as_trained(name: str, template: str) -> dict[str, Any]:
+    """How rows become tokens for the model `name`: as in the run that it is, unless the command line says otherwise."""
+    from prefopt.evaluate.subject import run_config
+
+    config = run_config(name)
+    if config is None:
+        return {"template": template}
+    return {"template": config.data.template if template == "auto" else template, "train_on": config.data.train_on}
+
+
 def _implicit_rewards(subject: Any, groups: Any, template: str, tokens: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     from prefopt.data.encode import encode_groups
     from prefopt.evaluate.implicit import implicit_rewards
@@ -149,7 +159,7 @@ def _implicit_rewards(subject: Any, groups: Any, template: str, tokens: bool) ->
     from prefopt.model.load import load_model
 
     model = load_model(subject.policy)
-    encoded = encode_groups(groups, model.tokenizer, template=template).groups
+    encoded = encode_groups(groups, model.tokenizer, **_as_trained(subject.policy, template)).groups
     ours = model.score(encoded, title="scoring with the policy")
     theirs = load_model(subject.reference).score(encoded, title="scoring with the reference")
     rewards = implicit_rewards(ours, theirs, subject.beta)
@@ -163,7 +173,7 @@ def _trained_scores(name: str, groups: Any, template: str) -> tuple[list[dict[st
     from prefopt.model.load import load_reward_model
 
     model = load_reward_model(name, require_trained=True)
-    encoded = encode_groups(groups, model.tokenizer, template=template).groups
+    encoded = encode_groups(groups, model.tokenizer, **_as_trained(name, template)).groups
     fitting = [group for group in encoded if _fits(group, model)]
     if over := len(encoded) - len(fitting):
         say(f"{over} row{'s' * (over > 1)} longer than the model's context of {model.context_tokens} tokens")

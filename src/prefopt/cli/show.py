@@ -88,6 +88,7 @@ def _loss_lines(facts: LossFacts) -> list[str]:
     from prefopt.core.losses.starts import start_loss
 
     start = start_loss({"name": facts.name})
+    where = "every score is 0 and rows have no margin" if facts.trains_reward_model else "policy and reference are equal"
     rows = [
         ("paper", facts.paper),
         ("learns from", describe.accepts_text(facts)),
@@ -96,7 +97,7 @@ def _loss_lines(facts: LossFacts) -> list[str]:
         ("tokens", describe.tokens_text(facts)),
         ("mean over", describe.unit_text(facts)),
         ("a step", describe.coupling_text(facts)),
-        *([] if start is None else [("starts at", f"{start:.4g}, with default options, where policy and reference are equal")]),
+        *([] if start is None else [("starts at", f"{start:.4g}, with default options, where {where}")]),
         *([] if ":" in facts.name else [("since", facts.since)]),
     ]
     lines = [f"{facts.name}: {facts.title}", "", *_hanging("  ", facts.formula), ""]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 Z_95 = 1.959963984540054  # two-sided 95 % of the normal distribution
 
@@ -21,12 +22,26 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 def area_interval(area: float, good: int, bad: int) -> tuple[float, float]:
     """The 95 % interval of an area under the ROC curve from `good` and `bad` observations, within [0, 1].
 
-    Standard error of Hanley and McNeil 1982, eq. 2 with their exponential approximation of Q1 and Q2. ValueError unless
-    there is one of each.
+    Newcombe 2006 (Statistics in Medicine 25, 559), method 5: the areas that the observed one does not contradict, each
+    with the variance that Hanley and McNeil's exponential model gives it. Unlike that model's own symmetric interval it
+    has a width at 0 and 1. ValueError unless there is one observation of each class.
     """
     if good < 1 or bad < 1:
         raise ValueError(f"an area needs both classes, found {good} good and {bad} bad")
-    both_good, both_bad = area / (2 - area), 2 * area * area / (1 + area)
-    variance = (area * (1 - area) + (good - 1) * (both_good - area**2) + (bad - 1) * (both_bad - area**2)) / (good * bad)
-    half = Z_95 * math.sqrt(max(0.0, variance))
-    return max(0.0, area - half), min(1.0, area + half)
+    others = (good + bad) / 2 - 1
+
+    def contradicts(truth: float) -> bool:
+        spread = 1 + others * ((1 - truth) / (2 - truth) + truth / (1 + truth))
+        return (area - truth) ** 2 > Z_95**2 * truth * (1 - truth) * spread / (good * bad)
+
+    return _boundary(area, 0.0, contradicts), _boundary(area, 1.0, contradicts)
+
+
+def _boundary(inside: float, outside: float, contradicts: Callable[[float], bool]) -> float:
+    """Where `contradicts` begins on the way from `inside` to `outside`, which is itself the boundary if it never does."""
+    if not contradicts(outside):
+        return outside
+    for _ in range(60):
+        middle = (inside + outside) / 2
+        inside, outside = (inside, middle) if contradicts(middle) else (middle, outside)
+    return inside

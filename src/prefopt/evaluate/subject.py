@@ -42,19 +42,24 @@ class Subject:
 
 def subject_of(name: str, *, reference: str | None, beta: float | None, output: Path | None) -> Subject:
     """The subject called `name`. ConfigError where a model that is no run is given without a reference."""
-    folder = RunFolder(Path(name))
-    config = folder.read("config.json") if (folder.path / "events.jsonl").exists() else None
+    config = run_config(name)
     if config is not None:
-        resolved = resolve_config(config, source=str(folder.path / "config.json"))
-        own = resolved.reference.model or resolved.model.name
-        used = beta if beta is not None else (resolved.loss.beta or 0.1)
-        return Subject(name, reference or own, used, RunFolder(output) if output else folder, resolved)
+        own = config.reference.model or config.model.name
+        used = beta if beta is not None else (config.loss.beta or 0.1)
+        return Subject(name, reference or own, used, RunFolder(output or Path(name)), config)
     if reference is None:
         raise ConfigError(
             f'"{name}" is not a run folder, so its reference is not known',
             todo="Give the model it started from with --reference.",
         )
     return Subject(name, reference, beta if beta is not None else 0.1, RunFolder(output) if output else None, None)
+
+
+def run_config(name: str) -> RunConfig | None:
+    """The configuration of the run in the folder `name`; None where `name` is no run folder."""
+    folder = RunFolder(Path(name))
+    values = folder.read("config.json") if (folder.path / "events.jsonl").exists() else None
+    return None if values is None else resolve_config(values, source=str(folder.path / "config.json"))
 
 
 def evaluation_lines(result: dict[str, Any]) -> list[str]:

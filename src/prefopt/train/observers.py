@@ -81,7 +81,7 @@ class EvaluateHeldOut:
 def held_out_metrics(values: StepValues) -> dict[str, Any]:
     """Metrics of held-out groups with a 95 % interval of the accuracy, and every margin.
 
-    The interval is Wilson's over groups; for labelled responses, whose accuracy is an area under a curve, Hanley and McNeil's.
+    The interval is Wilson's over groups; for labelled responses, whose accuracy is an area under a curve, Newcombe's.
     """
     metrics: dict[str, Any] = {
         f"eval/{name}": value for name, value in values.metrics().items() if not name.startswith("lengths")
