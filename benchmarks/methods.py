@@ -32,7 +32,7 @@ VOTED = ("odpo", "soft_dpo", "rao_kupper", "davidson")
 TIES = ("rao_kupper", "davidson")
 LABELLED = ("kto", "bco", "apo_zero_unpaired", "aot_unpaired")
 RANKED = ("plackett_luce", "all_pairs", "best_of_k", "reward_ranking")
-CLEAR_GAP = 2.0  # points of ten between the scores of two responses; smaller ones are within what GPT-4 repeats
+SCORED = "UltraFeedback, K = 2"
 Rows = list[dict[str, Any]]
 Source = tuple[str, Rows | str, Rows | None]
 LR_FACTOR = {"sft": 10.0, "reward": 10.0, "reward_ranking": 10.0}  # imitation and new heads move further
@@ -56,14 +56,6 @@ def read(path: str) -> Any:
     return json.loads((DATA / path).read_text(encoding="utf-8"))
 
 
-def demo_pairs() -> Rows:
-    return [
-        {"prompt": row["conversations"][-1]["value"], "chosen": row["chosen"]["value"], "rejected": row["rejected"]["value"]}
-        for row in read("llamafactory-demo/dpo_en_demo.json")
-        if len(row["conversations"]) == 1
-    ]
-
-
 def voted_pairs(*, ties: bool) -> Rows:
     """PandaLM's pairs: the response with more votes is chosen; as many votes for either, or most for none, is a tie."""
     rows = []
@@ -71,8 +63,9 @@ def voted_pairs(*, ties: bool) -> Rows:
         votes = [row[f"annotator{number}"] for number in (1, 2, 3)]
         first, second = votes.count(1), votes.count(2)
         tie = first == second or votes.count(0) > 1
-        if row["response1"] == row["response2"] or not row["response1"] or not row["response2"] or (tie and not ties):
-            continue
+        responses = {row["response1"], row["response2"]}
+        if len(responses) < 2 or not all(isinstance(text, str) and text for text in responses) or (tie and not ties):
+            continue  # a few responses are empty, the same, or no text at all
         best, other = ("response1", "response2") if first >= second else ("response2", "response1")
         prompt = f"{row['instruction']}\n\n{row['input']}".strip()
         pair = {"prompt": prompt, "chosen": row[best], "rejected": row[other], "tie": tie}
@@ -88,7 +81,7 @@ def scored_pairs(split: str) -> Rows:
     for line in (DATA / "ultrafeedback" / f"{split}_clean.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         scores = [float(row["metadata"][f"score_{side}"]) for side in ("chosen", "rejected")]
-        if scores[0] - scores[1] >= CLEAR_GAP:
+        if scores[0] > scores[1]:
             rows.append({"prompt": row["prompt"], "responses": [row["chosen"], row["rejected"]], "scores": scores})
     return rows
 
@@ -103,7 +96,7 @@ def made_groups() -> Rows:
         return " ".join(words)
 
     groups = []
-    for row in demo_pairs():
+    for row in voted_pairs(ties=False):
         texts = [row["chosen"], row["rejected"]]
         responses = [*texts, *(shuffled(text) for text in texts)]
         if len(set(responses)) == 4:
@@ -120,13 +113,13 @@ def sources(recipe: str) -> list[Source]:
     if recipe == "reward":
         return [("HH helpful-base", str(DATA / "hh-rlhf" / "helpful-base-test.jsonl.gz"), None)]
     if recipe in RANKED:
-        return [
-            ("UltraFeedback, K = 2", scored_pairs("train"), scored_pairs("eval")),
-            ("made of dpo_en_demo, K = 4", made_groups(), None),
-        ]
+        made: Source = ("made of PandaLM, K = 4", made_groups(), None)
+        # with K = 2 plackett_luce, all_pairs and best_of_k are one loss
+        scored: Source = (SCORED, scored_pairs("train"), scored_pairs("eval"))
+        return [made, scored] if recipe == "plackett_luce" else [made]
     if recipe in VOTED:
         return [("PandaLM", voted_pairs(ties=recipe in TIES), None)]
-    return [("dpo_en_demo", demo_pairs(), None)]
+    return [("dpo_en_demo", str(DATA / "llamafactory-demo" / "dpo_en_demo.json"), None)]
 
 
 def as_file(rows: Rows | str, path: Path) -> str:
@@ -138,19 +131,24 @@ def as_file(rows: Rows | str, path: Path) -> str:
 
 def one_run(args: argparse.Namespace, recipe: str, source: Source) -> dict[str, Any]:
     title, train, held_out = source
+    tokens, steps, lr = args.tokens, args.steps, args.lr * LR_FACTOR.get(recipe, 1.0)
+    if title == SCORED:  # long answers, small differences: more of each row, more rows, larger steps
+        tokens, steps, lr = 120, 55, 5 * args.lr
     words = [
         f"model.name={args.model}",
         "data.template=plain",
-        f"data.max_prompt_tokens={args.tokens}",
-        f"data.max_response_tokens={args.tokens}",
+        f"data.max_prompt_tokens={tokens}",
+        f"data.max_response_tokens={tokens}",
         "data.on_overlong=truncate",
-        f"data.max_rows={args.rows}",
-        f"train.lr={args.lr * LR_FACTOR.get(recipe, 1.0)}",
-        f"train.max_steps={args.steps}",
-        f"train.eval_every_steps={args.steps}",
+        f"data.max_rows={1000 if title == SCORED else args.rows}",
+        f"train.lr={lr}",
+        f"train.max_steps={steps}",
+        f"train.eval_every_steps={steps}",
         "train.groups_per_step=16",
         "train.micro_batch_tokens=2048",
     ]
+    if recipe in RANKED and recipe != "reward_ranking":
+        words.append("loss.beta=0.02")  # sums over 64 tokens of K responses: with 0.1 the first steps overshoot
     if recipe == "tr_dpo":
         words.append("reference.sync_every_steps=8")
     with tempfile.TemporaryDirectory() as folder:

@@ -60,6 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=400, help="training pairs; 200 others are held out")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--lr", type=float, default=3e-5)
+    parser.add_argument("--beta", type=float, help="instead of that of the table, for every loss")
     parser.add_argument("--json", type=Path, help="append every run to this file")
     return parser.parse_args()
 
@@ -87,6 +88,8 @@ def one_run(args: argparse.Namespace, loss: str, seed: int) -> dict[str, Any]:
     wrong = set(draw.sample(range(len(train)), round(args.flip * len(train))))
     train = [flipped(row) if place in wrong else row for place, row in enumerate(train)]
     section = dict(LOSSES[loss])
+    if args.beta:
+        section["beta"] = args.beta
     if args.flip and "label_smoothing" in section:
         section["label_smoothing"] = args.flip
     with tempfile.TemporaryDirectory() as folder:

@@ -32,13 +32,15 @@ from prefopt.data.suitable import suitable, unused_columns
 from prefopt.data.token_cache import cached_encoding
 from prefopt.model.adapters import add_lora
 from prefopt.model.engine import LanguageModel
-from prefopt.model.load import as_language_model, load_model, load_reward_model, load_tokenizer, model_facts
+from prefopt.model.load import as_language_model, load_model, load_reward_model, load_tokenizer, model_config, model_facts
+from prefopt.model.precision import pick_device
 from prefopt.model.reference import AdapterOffReference, LiveReference, NoReference, Reference, ReferenceCache, fill_cache
 from prefopt.objective.apply import Objective
 from prefopt.train.checkpoint import load_checkpoint
 from prefopt.train.loop import Observer, Training
 from prefopt.train.moving_reference import MovingReference
 from prefopt.train.observers import EvaluateHeldOut, LogSteps, SaveCheckpoints, StopOnSignal
+from prefopt.train.plan import FIRST_TRIED, Machine, fitting_budget
 from prefopt.train.sinks import Sinks
 
 
@@ -64,7 +66,7 @@ def prepare_rows(
     full = _encoded(groups, tokenizer, config)
     fitted = fit_budget(full, budget, on_overlong=data.on_overlong)
     train = _usable(fitted, groups, config)
-    check_reference_moves(config, _total_steps(config, train))
+    check_reference_moves(config, steps_of(config, train))
     held_out = TokenSet(())
     if held is not None:
         held_out = _usable(fit_budget(_encoded(held, tokenizer, config), budget, on_overlong=data.on_overlong), held, config)
@@ -73,7 +75,7 @@ def prepare_rows(
     return Prepared(groups, train, held_out, found)
 
 
-def _total_steps(config: RunConfig, tokens: TokenSet) -> int:
+def steps_of(config: RunConfig, tokens: TokenSet) -> int:
     train = config.train
     return total_steps(
         len(tokens.groups), epochs=train.epochs, groups_per_step=train.groups_per_step, max_steps=train.max_steps
@@ -138,6 +140,7 @@ def train_run(
         tokenizer = model.tokenizer if model else load_tokenizer(config.model.name, **source)
         context_tokens = model.context_tokens if model else model_facts(config.model.name, **source).context_tokens
         rows = prepare_rows(config, tokenizer, context_tokens, train_rows=train_rows, eval_rows=eval_rows)
+        config = _with_budget(config, rows, model.model.config if model else model_config(config.model.name, **source))
         policy = model or _load_policy(config, source)
     except PrefoptError:
         with contextlib.suppress(OSError):  # a folder that holds something stays
@@ -153,6 +156,16 @@ def train_run(
         load_checkpoint(training, run.complete_checkpoints()[-1])
     _watch(config, run, training, rows, resume=resume)
     return run
+
+
+def _with_budget(config: RunConfig, rows: Prepared, architecture: Any) -> RunConfig:
+    """`config` with train.micro_batch_tokens as a number: what a run resumes with is what it began with."""
+    if config.train.micro_batch_tokens != "auto":
+        return config
+    budget = fitting_budget(config, architecture, rows.train.groups, Machine.here(config))
+    if budget < FIRST_TRIED[pick_device().type]:
+        say(f"micro-batches of at most {budget} tokens, which fit into memory; `prefopt plan` says more")
+    return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_tokens": budget})})
 
 
 def _claim(run: RunFolder, *, resume: bool) -> None:
@@ -210,7 +223,7 @@ def start_training(
 
 def _reference(config: RunConfig, load: Callable[[], LanguageModel], rows: Prepared) -> Reference:
     """The reference of the configured kind; `load` gives its model."""
-    budget = 2 * config.train.micro_batch_tokens
+    budget = 2 * config.train.budget_tokens
     model, settings = load(), config.reference
     match config.reference_kind:
         case "adapter-off":
@@ -273,21 +286,4 @@ def _start_facts(training: Training) -> dict[str, Any]:
         "precision": training.policy.numerics,
         "device": str(training.policy.device),
         "prompt_sharing": training.policy.sharing,
-    }
-
-
-def memory_estimate(
-    parameters: int, *, dtype_bytes: int, micro_batch_tokens: int, hidden: int, layers: int, vocabulary: int
-) -> dict[str, int]:
-    """Bytes that training needs, by part: a planning figure, not a bound.
-
-    Activations: about 34 hidden-sized values a token and layer for a decoder with gated MLP and no checkpointing.
-    """
-    return {
-        "weights, fp32 masters": 4 * parameters,
-        "compute copy": dtype_bytes * parameters if dtype_bytes < 4 else 0,
-        "gradients": 4 * parameters,
-        "AdamW moments": 8 * parameters,
-        "activations": 34 * hidden * layers * micro_batch_tokens * dtype_bytes,
-        "head, one chunk": 3 * 4 * 2**25 + 4 * hidden * vocabulary,
     }

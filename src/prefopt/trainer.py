@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from prefopt.core.config import IN_MEMORY, RunConfig
 from prefopt.core.errors import ConfigError
@@ -39,7 +39,7 @@ class DPOConfig:
     max_steps: int | None = None
     per_device_train_batch_size: int = 8
     gradient_accumulation_steps: int = 2
-    micro_batch_tokens: int = 1024
+    micro_batch_tokens: int | Literal["auto"] = "auto"
     lr_scheduler_type: str = "linear"
     warmup_ratio: float = 0.1
     weight_decay: float = 0.0

@@ -18,7 +18,7 @@ from prefopt.core.run_folder import open_run
 from prefopt.model import selfcheck as proofs
 from train.tiny_runs import preference_rows, write_model, write_rows
 
-VERBS = ("check", "train", "sample", "label", "evaluate", "score", "report", "selfcheck", "losses", "runs")
+VERBS = ("check", "train", "sample", "label", "evaluate", "score", "report", "selfcheck", "losses", "runs", "plan")
 
 
 @pytest.fixture(scope="session")
@@ -106,7 +106,14 @@ def test_check_reads_real_rows(folder: Path, model: Path, shared: Path) -> None:
 def test_a_dry_run_shows_everything_and_writes_nothing(folder: Path, model: Path) -> None:
     done = prefopt(*small(model, "data.eval_rows=8", "--dry-run"))
     assert done.code == 0, done.err
-    for part in ("beta: 0.1", "groups_per_step: 4", "32 groups to train on, 8 held out", "2 steps", "estimated memory", "GiB"):
+    for part in (
+        "beta: 0.1",
+        "groups_per_step: 4",
+        "32 groups to train on, 8 held out",
+        "2 steps",
+        "that this program may hold: fits",
+        "GiB",
+    ):
         assert part in done.out
     found = json_of(prefopt(*small(model, "data.eval_rows=8", "--dry-run", "--json")))
     assert (found["train_groups"], found["held_out_groups"], found["steps"]) == (32, 8, 2)
@@ -117,6 +124,23 @@ def test_a_dry_run_shows_everything_and_writes_nothing(folder: Path, model: Path
     assert found["memory_bytes"]["AdamW moments"] == 8 * found["parameters"]
     assert files_below(folder) == {"rows.jsonl"}
     assert not (folder / "run").exists()
+
+
+def test_a_plan_says_whether_it_fits_and_what_would(folder: Path, model: Path) -> None:
+    words = ["plan", *small(model, "data.eval_rows=8")[1:]]
+    fits = prefopt(*words)
+    assert fits.code == 0, fits.err
+    for part in ("GiB  AdamW moments", "GiB  passes over the largest micro-batch", "hold: fits", "TFLOP at 60% of"):
+        assert part in fits.out
+    tight = prefopt(*words, "--memory", 0.001, "--json")
+    assert tight.code == 1
+    found = json_of(Done(0, tight.out, tight.err))
+    assert not found["fits"] and found["changes_that_fit"] == []
+    assert found["peak_bytes"] == sum(found["memory_bytes"].values()) > found["total_bytes"]
+    assert 0 < found["seconds"] < 60
+    spoken = prefopt(*words, "--memory", 0.001)
+    assert "does not fit" in spoken.out and "a smaller model or shorter rows" in spoken.out
+    assert files_below(folder) == {"rows.jsonl"}
 
 
 def test_train_says_what_is_next_and_prints_its_result_as_json(folder: Path, model: Path) -> None:

@@ -47,6 +47,7 @@ def _options(
 
 
 app.command("check")(data.check)
+app.command("plan")(training.plan)
 app.command("train")(training.train)
 app.command("sample")(data.sample)
 app.command("label")(data.label)

@@ -1,14 +1,18 @@
-"""The verb train."""
+"""The verbs train and plan."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from prefopt.cli.data import JsonOption
+
+if TYPE_CHECKING:
+    from prefopt.core.config import RunConfig
+    from prefopt.planning import RunPlan
 
 
 def train(
@@ -24,9 +28,8 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train on preference rows."""
-    from prefopt.core.errors import ConfigError
     from prefopt.core.progress import say, set_quiet
-    from prefopt.core.resolve import option_table, read_recipe, resolve_config
+    from prefopt.core.resolve import option_table
 
     if as_json:
         set_quiet(True)
@@ -36,16 +39,7 @@ def train(
             json.dumps(table) if as_json else "\n".join(f"{key} = {default}\n    {about}" for key, default, about in table)
         )
         return
-    words = list(overrides or [])
-    if recipe is not None and "=" in str(recipe):
-        words.insert(0, str(recipe))
-        recipe = None
-    if recipe is None and not words:
-        raise ConfigError(
-            "train: there is no recipe",
-            todo="For example: prefopt train recipes/dpo-hh.yaml, or prefopt train data.train=rows.jsonl",
-        )
-    config = resolve_config(read_recipe(recipe) if recipe else {}, words, source=str(recipe or ""))
+    config = _config_of(recipe, overrides, verb="train")
     if dry_run:
         _dry_run(config, as_json=as_json)
         return
@@ -69,53 +63,120 @@ def train(
     )
 
 
-def _dry_run(config: object, *, as_json: bool) -> None:
-    import yaml
+def _config_of(recipe: Path | None, overrides: list[str] | None, *, verb: str) -> RunConfig:
+    """The configuration of a recipe and key=value words; without a recipe the first word stands in its place."""
+    from prefopt.core.errors import ConfigError
+    from prefopt.core.resolve import read_recipe, resolve_config
 
-    from prefopt.core.config import RunConfig
-    from prefopt.data.audit import audit_lines
-    from prefopt.data.pack import total_steps
-    from prefopt.model.load import load_tokenizer, model_facts
-    from prefopt.model.precision import compute_dtype, pick_device
-    from prefopt.pipeline import memory_estimate, prepare_rows
+    words = list(overrides or [])
+    if recipe is not None and "=" in str(recipe):
+        words.insert(0, str(recipe))
+        recipe = None
+    if recipe is None and not words:
+        raise ConfigError(
+            f"{verb}: there is no recipe",
+            todo=f"For example: prefopt {verb} recipes/dpo-hh.yaml, or prefopt {verb} data.train=rows.jsonl",
+        )
+    return resolve_config(read_recipe(recipe) if recipe else {}, words, source=str(recipe or ""))
 
-    assert isinstance(config, RunConfig)
-    facts = model_facts(config.model.name, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code)
-    rows = prepare_rows(config, load_tokenizer(config.model.name, revision=config.model.revision), facts.context_tokens)
-    steps = total_steps(
-        len(rows.train.groups),
-        epochs=config.train.epochs,
-        groups_per_step=config.train.groups_per_step,
-        max_steps=config.train.max_steps,
-    )
-    dtype, why = compute_dtype(config.train.precision, pick_device())
-    memory = memory_estimate(
-        facts.parameters,
-        dtype_bytes=dtype.itemsize,
-        micro_batch_tokens=config.train.micro_batch_tokens,
-        hidden=facts.hidden,
-        layers=facts.layers,
-        vocabulary=facts.vocabulary,
-    )
-    unique = sum(group.unique_tokens for group in rows.train.groups)
-    summary = {
-        "config": config.resolved(),
-        "audit": rows.audit,
-        "train_groups": len(rows.train.groups),
-        "held_out_groups": len(rows.held_out.groups),
-        "unique_tokens": unique,
-        "steps": steps,
-        "parameters": facts.parameters,
-        "memory_bytes": memory,
-    }
+
+def plan(
+    recipe: Annotated[Path | None, typer.Argument(help="YAML recipe, or the config.json of a run.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As for train.")] = None,
+    memory: Annotated[float | None, typer.Option(help="GiB that the program may hold; by default what is free here.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What a run will need: memory by part, whether it fits, what would make it fit, and how long it takes. Trains nothing.
+
+    The exit code is 1 where it does not fit.
+    """
+    from prefopt.core.progress import set_quiet
+
+    if as_json:
+        set_quiet(True)
+    config = _config_of(recipe, overrides, verb="plan")
+    made, summary = _planned(config, memory)
     if as_json:
         typer.echo(json.dumps(summary, indent=2, ensure_ascii=False))
+    else:
+        typer.echo("\n".join(_plan_lines(made, summary)))
+    if not made.fits:
+        raise typer.Exit(1)
+
+
+def _planned(config: RunConfig, memory_gib: float | None = None) -> tuple[RunPlan, dict[str, Any]]:
+    """The plan of a run, and the same as plain values."""
+    from prefopt.model.precision import matmul_flops
+    from prefopt.planning import plan_run
+
+    made = plan_run(config, total=round(memory_gib * 2**30) if memory_gib is not None else None)
+    speed = matmul_flops(made.machine.device, made.machine.dtype)
+    found = made.memory
+    summary = {
+        "train_groups": len(made.rows.train.groups),
+        "held_out_groups": len(made.rows.held_out.groups),
+        "unique_tokens": made.unique_tokens,
+        "steps": made.steps,
+        "parameters": found.weights,
+        "trained_parameters": found.trained,
+        "micro_batch_tokens": found.micro_batch_tokens,
+        "largest_micro_batch": found.largest,
+        "memory_bytes": {"program": found.process, **found.parts},
+        "reference_pass_bytes": found.reference_pass,
+        "peak_bytes": found.peak,
+        "total_bytes": made.machine.total,
+        "fits": made.fits,
+        "changes_that_fit": [{"options": list(change.words), "peak_bytes": change.plan.peak} for change in made.changes],
+        "flops": made.flops,
+        "matmul_flops_per_second": speed,
+        "seconds": made.flops / (_USUAL_SHARE * speed),
+    }
+    return made, summary
+
+
+_USUAL_SHARE = 0.6  # of the speed of a large matrix product, that a training step reaches (benchmarks/RESULTS.md)
+
+
+def _plan_lines(made: RunPlan, summary: dict[str, Any]) -> list[str]:
+    found, gib = made.memory, 2**30
+    trains = f", {found.trained / 1e6:.1f} M train" if found.trained != found.weights else ""
+    lines = [
+        f"{summary['train_groups']} groups to train on, {summary['held_out_groups']} held out, {made.unique_tokens} unique tokens"
+        f" an epoch, {made.steps} steps",
+        f"{found.weights / 1e6:.1f} M parameters{trains}; {str(made.machine.dtype).removeprefix('torch.')} on"
+        f" {made.machine.device.type}; micro-batches of at most {found.micro_batch_tokens} tokens, the largest {found.largest}",
+        "",
+    ]
+    lines += [f"  {size / gib:6.2f} GiB  {part}" for part, size in summary["memory_bytes"].items()]
+    lines.append(
+        f"  {found.peak / gib:6.2f} GiB  peak, of {made.machine.total / gib:.2f} that this program may hold: {_FITS[made.fits]}"
+    )
+    if found.peak > found.process + sum(found.parts.values()):
+        lines.append("  (the peak is the pass that computes the reference's log-probs, before training)")
+    if not made.fits:
+        lines += ["", "What would fit:"]
+        lines += [f"  {change.plan.peak / gib:6.2f} GiB  {' '.join(change.words)}" for change in made.changes]
+        if not made.changes:
+            lines.append("  none of fewer tokens a pass, recomputed activations and LoRA: a smaller model or shorter rows")
+    minutes = summary["seconds"] / 60
+    lines += ["", f"roughly {minutes:.0f} min of training" if minutes >= 1 else "less than a minute of training"]
+    lines[-1] += f" ({made.flops / 1e12:.3g} TFLOP at {_USUAL_SHARE:.0%} of the measured matrix product speed)"
+    return lines
+
+
+_FITS = {True: "fits", False: "does not fit"}
+
+
+def _dry_run(config: RunConfig, *, as_json: bool) -> None:
+    import yaml
+
+    from prefopt.data.audit import audit_lines
+
+    made, summary = _planned(config)
+    if as_json:
+        found = {"config": config.resolved(), "audit": made.rows.audit, **summary}
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
         return
     typer.echo(yaml.safe_dump(config.resolved(), sort_keys=False).rstrip())
-    typer.echo("\n" + "\n".join(audit_lines(rows.audit)) + "\n")
-    typer.echo(
-        f"{len(rows.train.groups)} groups to train on, {len(rows.held_out.groups)} held out, {unique} unique tokens an epoch, {steps} steps"
-    )
-    typer.echo(f"{facts.parameters / 1e6:.1f} M parameters; {why}; estimated memory {sum(memory.values()) / 2**30:.1f} GiB:")
-    for part, size in memory.items():
-        typer.echo(f"  {size / 2**30:6.2f} GiB  {part}")
+    typer.echo("\n" + "\n".join(audit_lines(made.rows.audit)) + "\n")
+    typer.echo("\n".join(_plan_lines(made, summary)))

@@ -13,6 +13,8 @@ from pydantic_core import PydanticCustomError
 from prefopt.core.losses.facts import LossFacts
 from prefopt.core.losses.table import Part, resolve_parts
 
+MICRO_BATCH_TOKENS = 1024  # the fastest on two cores (benchmarks/RESULTS.md)
+FEWEST_TOKENS = 16  # of a micro-batch
 IN_MEMORY = "(in memory)"  # data.train or data.eval of rows that were given as an object
 
 ROW_SHAPES = (
@@ -188,8 +190,10 @@ class TrainConfig(Section):
     epochs: float = Field(1.0, gt=0, description="Passes over the rows, when max_steps is not set.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; wins over epochs.")
     groups_per_step: int = Field(16, ge=1, description="Groups (pairs) of one optimizer step, over all micro-batches.")
-    micro_batch_tokens: int = Field(
-        1024, ge=16, description="Unique tokens of one forward and backward pass; changes speed and memory only."
+    micro_batch_tokens: int | Literal["auto"] = Field(
+        "auto",
+        description="Unique tokens of one forward and backward pass; changes speed and memory only. auto: a size that is fast on"
+        " the device (1024 on a CPU, 16384 on a GPU), or what `prefopt plan` says fits in its memory.",
     )
     lr: float = Field(1e-6, ge=0, description="Peak learning rate.")
     schedule: Literal["linear", "cosine", "constant"] = Field(
@@ -216,6 +220,20 @@ class TrainConfig(Section):
     sinks: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
         (), description="Where metrics also go; they never break a run."
     )
+
+    @field_validator("micro_batch_tokens", mode="plain")
+    @classmethod
+    def _tokens_or_auto(cls, value: Any) -> Any:
+        if value == "auto":
+            return value
+        if isinstance(value, int | float) and not isinstance(value, bool) and value == int(value) >= FEWEST_TOKENS:
+            return int(value)
+        raise PydanticCustomError("micro_batch_tokens", f"input should be auto, or a whole number of at least {FEWEST_TOKENS}")
+
+    @property
+    def budget_tokens(self) -> int:
+        """micro_batch_tokens, with `auto` as the size that it tries first on a CPU."""
+        return MICRO_BATCH_TOKENS if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
 
 
 class RunConfig(Section):

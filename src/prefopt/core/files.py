@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,15 @@ def cache_root() -> Path:
 
 def digest(*parts: bytes | str) -> str:
     """32 hexadecimal digits naming `parts` and their boundaries: ("ab", "c") and ("a", "bc") differ."""
+    return digest_of(parts)
+
+
+def digest_of(parts: Iterable[bytes | str | memoryview]) -> str:
+    """`digest` of parts that need not be in memory together."""
     state = hashlib.blake2b(digest_size=16)
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
-        state.update(len(data).to_bytes(8, "little"))
+        state.update((data.nbytes if isinstance(data, memoryview) else len(data)).to_bytes(8, "little"))
         state.update(data)
     return state.hexdigest()
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prefopt.core.errors import ModelError
-from prefopt.core.files import digest
+from prefopt.core.files import digest_of
 from prefopt.core.progress import progress, say
 from prefopt.data.encode import TokenGroup
 from prefopt.data.groups import Feedback
@@ -236,12 +236,11 @@ class LanguageModel:
 
     def enable_activation_checkpointing(self) -> None:
         """Recompute each layer in backward; the recomputation sees the layout of its own forward."""
-        self.model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={
-                "use_reentrant": False,
-                "context_fn": lambda: (nullcontext(), use_layout(active_layout())),
-            }
-        )
+        options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), use_layout(active_layout()))}
+        if hasattr(self.model, "activation_checkpointing_enable"):  # transformers >= 5.20 renamed it
+            self.model.activation_checkpointing_enable(options)
+        else:
+            self.model.gradient_checkpointing_enable(options)
 
     def disable_dropout(self) -> None:
         """Set every dropout to 0, for a policy with dropout differs from its reference at step 0; a LoRA adapter keeps
@@ -276,12 +275,15 @@ def cast_parameters(model: Any, dtype: torch.dtype) -> None:
 
 def weights_identity(model: Any) -> str:
     """Digest of names, shapes, dtypes and bytes of all weights; ModelError where one is not finite."""
-    parts: list[bytes | str] = []
-    for name, value in model.state_dict().items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise ModelError(
-                f"The weight {name} holds NaN or infinite values", todo="Use a checkpoint whose training did not diverge."
-            )
-        parts.append(f"{name} {tuple(value.shape)} {value.dtype}")
-        parts.append(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
-    return digest(*parts)
+
+    def parts() -> Iterator[str | bytes | memoryview]:
+        for name, value in model.state_dict().items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise ModelError(
+                    f"The weight {name} holds NaN or infinite values", todo="Use a checkpoint whose training did not diverge."
+                )
+            yield f"{name} {tuple(value.shape)} {value.dtype}"
+            flat = value.detach().cpu().contiguous().flatten()
+            yield memoryview(flat.view(torch.uint8).numpy()) if value.numel() else b""
+
+    return digest_of(parts())

@@ -9,8 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Positions = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 
 # A group is computed as one masked square while that costs at most this many times the attention it needs;
 # beyond, each response is computed apart. Few large calls beat many small ones (benchmarks/RESULTS.md).
@@ -81,26 +86,23 @@ def _segments(span: GroupSpan, window: int | None, device: torch.device) -> Iter
 def _square_mask(span: GroupSpan, window: int | None, device: torch.device) -> Tensor | None:
     if len(span.responses) == 1:
         return _causal_mask(0, span.tokens, window, device)
-    lengths = torch.tensor([span.prompt, *span.responses], device=device)
-    owner = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
-    starts = torch.tensor([0, *[span.prompt] * len(span.responses)], device=device)
-    places = [torch.arange(int(length), device=device) for length in lengths]
-    position = torch.cat([place + start for place, start in zip(places, starts, strict=True)])
+    owner = np.repeat(np.arange(1 + len(span.responses)), [span.prompt, *span.responses])
+    position = np.concatenate([np.arange(span.prompt), *(span.prompt + np.arange(length) for length in span.responses)])
     allowed = (owner[None, :] == owner[:, None]) | (owner[None, :] == 0)
-    return allowed & _in_reach(position, position, window)
+    return torch.as_tensor(allowed & _in_reach(position, position, window), device=device)
 
 
 def _causal_mask(first: int, last: int, window: int | None, device: torch.device, *, always: bool = False) -> Tensor | None:
     """Mask of queries at positions [first, last) against keys at positions [0, last); None where plainly causal."""
     if not always and (window is None or window >= last):
         return None
-    keys = torch.arange(last, device=device)
-    return _in_reach(keys[first:], keys, window)
+    keys = np.arange(last)
+    return torch.as_tensor(_in_reach(keys[first:], keys, window), device=device)
 
 
-def _in_reach(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+def _in_reach(queries: Positions, keys: Positions, window: int | None) -> Mask:
     distance = queries[:, None] - keys[None, :]
-    reach = distance >= 0
+    reach: Mask = distance >= 0
     return reach if window is None else reach & (distance < window)
 
 

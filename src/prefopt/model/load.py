@@ -248,15 +248,23 @@ class ModelFacts:
     architecture: str
 
 
-def model_facts(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelFacts:
-    """Facts of the model `name` from its configuration alone; no weights are read."""
+def model_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The transformers configuration of `name`, of its base where it is an adapter; no weights are read."""
     source = model_folder(name)
     if is_adapter(source):
         base, revision = base_of(Path(source))
-        return model_facts(base, revision=revision, trust_remote_code=trust_remote_code)
+        return model_config(base, revision=revision, trust_remote_code=trust_remote_code)
     _quiet_transformers()
     try:
-        config = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        return transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # as in load_model
+        raise _unloadable(name, error) from error
+
+
+def model_facts(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelFacts:
+    """Facts of the model `name` from its configuration alone; no weights are read."""
+    config = model_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    try:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # as in load_model

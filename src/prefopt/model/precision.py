@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 
@@ -35,3 +37,17 @@ def compute_dtype(precision: str, device: torch.device) -> tuple[torch.dtype, st
         return torch.float32, f"precision: fp32 ({why})"
     why = "fp32 masters" if native else f"fp32 masters; slow here: this {device.type} multiplies no bf16 in hardware"
     return torch.bfloat16, f"precision: bf16 compute ({why})"
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype, *, size: int = 1024, seconds: float = 0.3) -> float:
+    """Floating-point operations a second of a square matrix product, the best of those that fit into `seconds`."""
+    first, second = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    first @ second
+    best, until = float("inf"), time.monotonic() + seconds
+    while best == float("inf") or time.monotonic() < until:
+        started = time.perf_counter()
+        product = first @ second
+        if device.type != "cpu":
+            float(product[0, 0])  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best

@@ -26,6 +26,8 @@ from prefopt.objective.apply import Objective, Outcome
 from prefopt.objective.measured import Measured, joined, measured, targets_of
 from prefopt.train.record import StepValues
 
+WITHOUT_GRADIENTS = 2  # budgets of a pass that keeps nothing for a backward pass
+
 
 @dataclass
 class Gradients:
@@ -61,7 +63,7 @@ class Gradients:
     @torch.no_grad()
     def evaluate(self, groups: Sequence[TokenGroup]) -> StepValues:
         """The same values without gradients; all groups count as one step, and running statistics stay as they are."""
-        cuts = self._cut(groups, 2 * self.micro_batch_tokens)
+        cuts = self._cut(groups, WITHOUT_GRADIENTS * self.micro_batch_tokens)
         mismatch = self._mismatch(groups)
         whole = joined([self._measure([groups[place] for place in cut], mismatch) for cut in cuts])
         outcome = self.objective(whole, totals=self.objective.totals(groups))
@@ -128,7 +130,7 @@ class Gradients:
         others = [group.mismatched for group in groups if group.mismatched is not None]
         assert len(others) == len(groups), "groups have not been given mismatched prompts"
         with progress.silence():
-            ours = self.policy.score(others, micro_batch_tokens=2 * self.micro_batch_tokens)
+            ours = self.policy.score(others, micro_batch_tokens=WITHOUT_GRADIENTS * self.micro_batch_tokens)
         theirs = self.reference.of(others)
         ratios = [
             float((policy.astype(np.float64) - reference).sum())

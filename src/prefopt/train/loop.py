@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Protocol
@@ -17,13 +17,15 @@ import torch
 
 from prefopt.core.config import TrainConfig
 from prefopt.core.errors import TrainingError
+from prefopt.core.progress import say
 from prefopt.data.encode import TokenGroup
 from prefopt.data.pack import groups_of_step, total_steps
 from prefopt.model.adapters import seed_dropout
 from prefopt.model.engine import LanguageModel
 from prefopt.model.reference import Reference
 from prefopt.objective.apply import Objective
-from prefopt.train.gradients import Gradients
+from prefopt.train.gradients import WITHOUT_GRADIENTS, Gradients
+from prefopt.train.memory import out_of_memory_noted, smaller_budget
 from prefopt.train.moving_reference import MovingReference
 from prefopt.train.optimizer import MasterOptimizer, learning_rate
 from prefopt.train.record import StepRecord, StepValues
@@ -52,8 +54,10 @@ class Training:
     optimizer: MasterOptimizer = field(init=False)
     step: int = 0
     num_tokens: int = 0
+    micro_batch_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self.micro_batch_tokens = self.config.budget_tokens
         self.policy.disable_dropout()
         self.policy.model.train()
         if self.config.activation_checkpointing:
@@ -130,21 +134,46 @@ class Training:
 
     def accumulate_gradients(self, groups: Sequence[TokenGroup]) -> StepValues:
         """Forward and backward over `groups` in micro-batches; how they are cut does not change the gradient."""
-        return self._gradients.accumulate(groups)
+        return self._in_memory(groups, lambda gradients: gradients.accumulate(groups), budgets=1)
 
     def evaluate(self, groups: Sequence[TokenGroup]) -> StepValues:
         """The same values on other groups, without gradients."""
         self.policy.model.eval()
-        values = self._gradients.evaluate(groups)
+        values = self._in_memory(groups, lambda gradients: gradients.evaluate(groups), budgets=WITHOUT_GRADIENTS)
         self.policy.model.train()
         return values
+
+    def _in_memory(
+        self, groups: Sequence[TokenGroup], compute: Callable[[Gradients], StepValues], *, budgets: int
+    ) -> StepValues:
+        """`compute`, again with half the budget where memory runs out: the cut into micro-batches does not change results.
+
+        `budgets`: how many times micro_batch_tokens one of its passes takes. TrainingError where micro-batches of a single group are still too large.
+        """
+        lengths = [self.policy.computed_tokens(group) for group in groups]
+        running = self.objective.state()
+        while True:
+            with out_of_memory_noted() as ran_out:
+                return compute(self._gradients)
+            assert ran_out  # everything else has been raised
+            self.optimizer.clear()
+            self.objective.load_state(running)
+            smaller = smaller_budget(lengths, budgets * self.micro_batch_tokens)
+            if smaller is None:
+                raise TrainingError(
+                    f"Step {self.step + 1}: memory ran out on a single group of {max(lengths)} tokens. The update was not made",
+                    todo="`prefopt plan` shows what would fit: train.activation_checkpointing=true, model.lora, shorter rows"
+                    " (data.max_prompt_tokens, data.max_response_tokens).",
+                )
+            self.micro_batch_tokens = max(1, smaller // budgets)
+            say(f"step {self.step + 1}: out of memory; micro-batches of at most {self.micro_batch_tokens} tokens from here on")
 
     @property
     def _gradients(self) -> Gradients:
         adapter = self.policy.adapter
         has_dropout = adapter is not None and adapter.config.dropout > 0
         reseed = partial(seed_dropout, self.data_seed, self.step) if has_dropout else None
-        return Gradients(self.policy, self.reference, self.objective, self.config.micro_batch_tokens, reseed)
+        return Gradients(self.policy, self.reference, self.objective, self.micro_batch_tokens, reseed)
 
     def _check_step_zero(self, values: StepValues) -> None:
         """While policy == reference every log-ratio is 0 (and DPO's loss ln 2): this also proves the cache on its rows."""

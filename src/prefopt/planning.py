@@ -1,0 +1,56 @@
+"""What a run will do and need, from its rows and its model's configuration: `prefopt plan` and `prefopt train --dry-run`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from prefopt.core.config import RunConfig
+from prefopt.model.load import load_tokenizer, model_config, model_facts
+from prefopt.pipeline import Prepared, prepare_rows, steps_of
+from prefopt.train.plan import Change, Machine, MemoryPlan, changes_that_fit, fitting_budget, plan_memory, step_flops
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run will do and need: `unique_tokens` of an epoch, floating-point operations of all steps, memory, and changes
+    that would make it fit where it does not."""
+
+    rows: Prepared
+    machine: Machine
+    memory: MemoryPlan
+    steps: int
+    unique_tokens: int
+    flops: float
+    changes: tuple[Change, ...]
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak <= self.machine.room
+
+
+def plan_run(config: RunConfig, *, total: int | None = None) -> RunPlan:
+    """Read and encode the rows of `config`, and plan its training; no weights are read.
+
+    `total`: bytes that the program may hold; by default what is free here.
+    """
+    source: dict[str, Any] = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
+    facts = model_facts(config.model.name, **source)
+    rows = prepare_rows(config, load_tokenizer(config.model.name, **source), facts.context_tokens)
+    architecture, groups = model_config(config.model.name, **source), rows.train.groups
+    machine = Machine.here(config, total=total)
+    auto = config.train.micro_batch_tokens == "auto"
+    budget = fitting_budget(config, architecture, groups, machine) if auto else config.train.budget_tokens
+    memory = plan_memory(config, architecture, groups, machine, micro_batch_tokens=budget)
+    fits = memory.peak <= machine.room
+    steps = steps_of(config, rows.train)
+    passes = steps * config.train.groups_per_step / len(groups) if config.train.max_steps else config.train.epochs
+    return RunPlan(
+        rows=rows,
+        machine=machine,
+        memory=memory,
+        steps=steps,
+        unique_tokens=sum(group.unique_tokens for group in groups),
+        flops=passes * step_flops(architecture, memory.weights, groups),
+        changes=() if fits else tuple(changes_that_fit(config, architecture, groups, machine)),
+    )

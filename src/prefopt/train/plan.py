@@ -1,0 +1,228 @@
+"""What a run will need before it starts: memory by part, whether it fits, what would make it fit, and the work to do.
+
+Sizes are in bytes. The largest micro-batch of the run goes forward and backward through the real code on tensors without
+data (prefopt.model.footprint), with masters and gradients in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from prefopt.core.config import FEWEST_TOKENS, MICRO_BATCH_TOKENS, RunConfig
+from prefopt.core.errors import ConfigError
+from prefopt.core.memory import available_bytes, process_bytes
+from prefopt.core.progress import silence
+from prefopt.core.resolve import resolve_config
+from prefopt.data.encode import TokenGroup
+from prefopt.data.pack import groups_of_step, micro_batches, total_steps
+from prefopt.model.adapters import add_lora
+from prefopt.model.engine import LanguageModel
+from prefopt.model.footprint import Ledger, forward, forward_backward, model_without_weights, put_on_device, without_data
+from prefopt.model.precision import compute_dtype, pick_device
+from prefopt.train.optimizer import MasterOptimizer
+
+FIRST_TRIED = {"cpu": MICRO_BATCH_TOKENS, "cuda": 16384, "mps": 4096}  # fast on the device, where memory allows
+SAFE_SHARE = 0.9  # of the memory that is left: other programs and the allocator's gaps need some
+_STEPS_LOOKED_AT = 200
+_SMALL_SHARE = 0.3  # a rough bound below this share of the room needs no closer look
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run is planned for: device, compute dtype, `total` memory that this program may hold, and what it holds
+    before a model is loaded (`process`)."""
+
+    device: torch.device
+    dtype: torch.dtype
+    total: int
+    process: int
+
+    @classmethod
+    def here(cls, config: RunConfig, *, total: int | None = None) -> Machine:
+        """The machine that this program runs on, or one like it where the program may hold `total` bytes."""
+        device = pick_device()
+        dtype, _ = compute_dtype(config.train.precision, device)
+        if device.type == "cuda":
+            return cls(device, dtype, total or torch.cuda.mem_get_info(device)[0], process=0)
+        process = process_bytes()
+        return cls(device, dtype, total or process + available_bytes(), process)
+
+    @property
+    def room(self) -> int:
+        """What a plan's peak may be."""
+        return self.process + int(SAFE_SHARE * (self.total - self.process))
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Memory of one configuration.
+
+    `parts`: what is held through training, by name, and the passes over the largest micro-batch. `process`: what the
+    program takes before a model is loaded. `reference_pass`: peak of the pass that fills the reference cache, which is
+    over before the first step. `largest`: computed tokens of the largest micro-batch, of the `micro_batch_tokens` that it
+    may have. `trained`: weights that train; `weights`: all of them.
+    """
+
+    parts: dict[str, int]
+    process: int
+    reference_pass: int
+    micro_batch_tokens: int
+    largest: int
+    trained: int
+    weights: int
+
+    @property
+    def peak(self) -> int:
+        return self.process + max(sum(self.parts.values()), self.reference_pass)
+
+
+@dataclass(frozen=True)
+class Change:
+    """Options that would change the memory of a run, and its plan with them."""
+
+    words: tuple[str, ...]
+    plan: MemoryPlan
+
+
+def plan_memory(
+    config: RunConfig, model_config: Any, groups: Sequence[TokenGroup], machine: Machine, *, micro_batch_tokens: int
+) -> MemoryPlan:
+    """The plan of `config` for the rows `groups` with a budget of `micro_batch_tokens`."""
+    largest = largest_micro_batch(config, groups, micro_batch_tokens)
+    lora = config.model.lora
+    policy = model_without_weights(
+        model_config,
+        name=config.model.name,
+        dtype=machine.dtype,
+        device=machine.device,
+        classifier=config.loss.facts[0].trains_reward_model,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    weights = policy.model.num_parameters()
+    if lora is not None:
+        with silence():
+            add_lora(policy, lora.model_copy(update={"save": "adapter"}), seed=0)
+    with without_data() as ledger:
+        put_on_device(policy)
+        policy.disable_dropout()
+        policy.model.train()
+        if config.train.activation_checkpointing:
+            policy.enable_activation_checkpointing()
+        optimizer = MasterOptimizer(policy.model, config.train, machine.dtype)
+        for master in optimizer.masters.values():
+            master.grad = torch.zeros_like(master) if master.grad is None else master.grad
+        trained = sum(master.numel() for master in optimizer.masters.values())
+        held = ledger.live
+        with ledger.peak_of() as passes:
+            forward_backward(policy, policy.batch(largest))
+        reference_peak = _reference_pass(config, policy, groups, ledger, micro_batch_tokens)
+    size = machine.dtype.itemsize
+    parts = {
+        "weights, fp32": 4 * (weights if size == 4 or lora is None else trained),
+        "weights, compute copy": size * weights if size < 4 else 0,
+        "gradients, fp32": 4 * trained,
+        "AdamW moments": 8 * trained,
+        "passes over the largest micro-batch": passes[0] - held,
+        "reference model": weights * {"live": size, "tr-dpo": 4, "ema": 4}.get(config.reference_kind, 0),
+    }
+    return MemoryPlan(
+        parts={name: part for name, part in parts.items() if part},
+        process=machine.process,
+        reference_pass=reference_peak,
+        micro_batch_tokens=micro_batch_tokens,
+        largest=sum(policy.computed_tokens(group) for group in largest),
+        trained=trained,
+        weights=weights,
+    )
+
+
+def _reference_pass(config: RunConfig, policy: LanguageModel, groups: Sequence[TokenGroup], ledger: Ledger, budget: int) -> int:
+    """Peak of weights and one forward pass of the reference, where it is made before training; 0 where it is not."""
+    if config.reference_kind != "cached":
+        return 0
+    lengths = [policy.computed_tokens(group) for group in groups]
+    cuts = micro_batches(lengths, budget_tokens=2 * budget)
+    fullest = max(cuts, key=lambda cut: sum(lengths[place] for place in cut))
+    policy.model.eval()
+    held = ledger.live
+    with ledger.peak_of() as found:
+        forward(policy, [groups[place] for place in fullest])
+    weights: int = sum(4 * parameter.numel() for parameter in policy.model.parameters())
+    return found[0] - held + weights
+
+
+def largest_micro_batch(config: RunConfig, groups: Sequence[TokenGroup], micro_batch_tokens: int) -> list[TokenGroup]:
+    """The micro-batch with the most tokens among the first steps of the run, or the longest group if that has more."""
+    train = config.train
+    lengths = [group.unique_tokens for group in groups]
+    total = train.max_steps * train.groups_per_step if train.max_steps is not None else round(len(groups) * train.epochs)
+    steps = total_steps(len(groups), epochs=train.epochs, groups_per_step=train.groups_per_step, max_steps=train.max_steps)
+    best = [max(range(len(groups)), key=lengths.__getitem__)]
+    for step in range(min(steps, _STEPS_LOOKED_AT)):
+        places = groups_of_step(
+            step, groups=len(groups), groups_per_step=train.groups_per_step, total_groups=total, seed=config.data.seed
+        )
+        for cut in micro_batches([lengths[place] for place in places], budget_tokens=micro_batch_tokens):
+            found = [places[number] for number in cut]
+            best = max(best, found, key=lambda chosen: sum(lengths[place] for place in chosen))
+    return [groups[place] for place in best]
+
+
+def fitting_budget(config: RunConfig, model_config: Any, groups: Sequence[TokenGroup], machine: Machine) -> int:
+    """train.micro_batch_tokens of `auto`: the first tried on the device, halved until its plan fits or holds one group only."""
+    budget = FIRST_TRIED[machine.device.type]
+    if _rough_bound(config, model_config, groups, machine, budget) < _SMALL_SHARE * machine.room:
+        return budget
+    while True:
+        plan = plan_memory(config, model_config, groups, machine, micro_batch_tokens=budget)
+        if plan.peak <= machine.room or budget // 2 < max(FEWEST_TOKENS, *(group.unique_tokens for group in groups)):
+            return budget
+        budget //= 2
+
+
+def _rough_bound(config: RunConfig, model_config: Any, groups: Sequence[TokenGroup], machine: Machine, budget: int) -> float:
+    """More than a run needs, from the shapes of a usual decoder alone."""
+    text = model_config.get_text_config()
+    hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
+    inner = int(getattr(text, "intermediate_size", None) or 4 * hidden)
+    weights = 2 * int(text.vocab_size) * hidden + layers * (4 * hidden * hidden + 3 * hidden * inner)
+    tokens = max(budget, *(group.unique_tokens for group in groups))
+    return 24 * weights + 4.0 * tokens * layers * (20 * hidden + 6 * inner) + 2**29
+
+
+def changes_that_fit(config: RunConfig, model_config: Any, groups: Sequence[TokenGroup], machine: Machine) -> Iterator[Change]:
+    """Other configurations of the same run that fit into the machine, the mildest first."""
+    longest = max(group.unique_tokens for group in groups)
+    wanted = FIRST_TRIED[machine.device.type] if config.train.micro_batch_tokens == "auto" else config.train.budget_tokens
+    smallest = max(256, min(wanted, longest))
+    fewer = (f"train.micro_batch_tokens={smallest}",)
+    recompute, lora = ("train.activation_checkpointing=true",), ("model.lora={}",)
+    for words in (fewer, recompute, (*recompute, *fewer), (*lora, *fewer), (*lora, *recompute, *fewer)):
+        try:
+            other = resolve_config(config.resolved(), words)
+        except ConfigError:  # a reward model takes no adapter, for example
+            continue
+        if other == config:
+            continue
+        budget = other.train.budget_tokens if other.train.micro_batch_tokens != "auto" else wanted
+        plan = plan_memory(other, model_config, groups, machine, micro_batch_tokens=budget)
+        if plan.peak <= machine.room:
+            yield Change(words, plan)
+
+
+def step_flops(model_config: Any, weights: int, groups: Sequence[TokenGroup]) -> float:
+    """Floating-point operations of training once on `groups`: 6 a weight and unique token, the head on scored tokens only.
+
+    Attention's own products are left out: at usual lengths they are a few per cent.
+    """
+    text = model_config.get_text_config()
+    head = int(text.vocab_size) * int(text.hidden_size)
+    tied = bool(getattr(text, "tie_word_embeddings", False))
+    decoder = weights - (head if tied else 2 * head)
+    unique = sum(group.unique_tokens for group in groups)
+    scored = sum(int(flags.sum()) for group in groups for flags in group.scored)
+    return 6.0 * decoder * unique + 6.0 * head * scored
