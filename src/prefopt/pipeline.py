@@ -31,6 +31,7 @@ from prefopt.data.splits import load_splits
 from prefopt.data.suitable import suitable, unused_columns
 from prefopt.data.token_cache import cached_encoding
 from prefopt.model.adapters import add_lora
+from prefopt.model.allocator import release_freed_memory
 from prefopt.model.engine import LanguageModel
 from prefopt.model.load import as_language_model, load_model, load_reward_model, load_tokenizer, model_config, model_facts
 from prefopt.model.precision import pick_device
@@ -218,6 +219,7 @@ def start_training(
         return load_model(str(config.reference.model), precision=config.train.precision, for_training=moving)
 
     training.reference = _reference(config, other, rows)
+    release_freed_memory()
     return training
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefopt.core.errors import TrainingError
 from prefopt.model.batch import Batch
 from prefopt.train.loop import Training
 from prefopt.train.memory import is_out_of_memory, smaller_budget
-from train.tiny_runs import tiny_config, tiny_training, weights_of
+from train.tiny_runs import preference_rows, tiny_config, tiny_tokenizer, tiny_training, weights_of, write_rows
 
 CPU_ERROR = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
 
@@ -95,3 +100,65 @@ def test_what_an_allocators_error_is() -> None:
 )
 def test_a_smaller_budget_cuts_more_finely(lengths: list[int], budget: int, smaller: int | None) -> None:
     assert smaller_budget(lengths, budget) == smaller
+
+
+LIMITED = """
+import json, resource, sys
+import prefopt.pipeline, prefopt.trainer, peft, transformers  # what the program takes before its limit
+from prefopt.core.memory import available_bytes
+from prefopt.core.resolve import resolve_config
+from prefopt.model.load import model_config
+from prefopt.planning import plan_run
+from prefopt.train.plan import Machine, plan_memory
+
+config = resolve_config({}, json.loads(sys.argv[1]))
+groups, architecture = plan_run(config, total=64 << 30).rows.train.groups, model_config(config.model.name)
+here = Machine.here(config, total=64 << 30)
+needs = {budget: plan_memory(config, architecture, groups, here, micro_batch_tokens=budget) for budget in (256, 1024)}
+rest = sum(needs[256].parts.values()) + int(float(sys.argv[2]) * (needs[1024].peak - needs[256].peak))
+data = int(open("/proc/self/statm").read().split()[5]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_DATA, (data + rest, data + rest))
+assert 0 < available_bytes() <= rest, (available_bytes(), rest)
+run = prefopt.pipeline.train_run(config)
+print(json.dumps([run.read("config.json")["train"]["micro_batch_tokens"], needs[1024].peak - needs[256].peak]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_DATA counts allocated memory on Linux only")
+@pytest.mark.parametrize(("share", "budget"), [(3.0, 1024), (0.5, 512)])
+def test_auto_stays_below_a_limit_of_the_system(tmp_path: Path, share: float, budget: int) -> None:
+    """The limit leaves what 256 tokens need and `share` of what 1,024 need more: beyond it every allocation fails."""
+    tokenizer = tiny_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    write_rows(tmp_path / "rows.jsonl", preference_rows(200))
+    words = [
+        f"model.name={tmp_path / 'model'}",
+        f"data.train={tmp_path / 'rows.jsonl'}",
+        f"train.output_dir={tmp_path / 'run'}",
+        "train.max_steps=2",
+        "train.groups_per_step=40",
+        "train.precision=fp32",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, json.dumps(words), str(share)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PREFOPT_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "out of memory" not in done.stderr  # it fitted at the first attempt
+    chosen, difference = json.loads(done.stdout)
+    assert difference > 200 << 20
+    assert chosen == budget

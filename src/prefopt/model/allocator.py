@@ -23,3 +23,9 @@ def keep_freed_memory() -> None:
     library.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
     library.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
     _kept = True
+
+
+def release_freed_memory() -> None:
+    """Give freed memory back after a phase of other sizes than the next one: what its gaps do not fit would be added to it."""
+    if _kept:
+        ctypes.CDLL(None).malloc_trim(0)

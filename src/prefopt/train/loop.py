@@ -21,6 +21,7 @@ from prefopt.core.progress import say
 from prefopt.data.encode import TokenGroup
 from prefopt.data.pack import groups_of_step, total_steps
 from prefopt.model.adapters import seed_dropout
+from prefopt.model.allocator import release_freed_memory
 from prefopt.model.engine import LanguageModel
 from prefopt.model.reference import Reference
 from prefopt.objective.apply import Objective
@@ -141,6 +142,7 @@ class Training:
         self.policy.model.eval()
         values = self._in_memory(groups, lambda gradients: gradients.evaluate(groups), budgets=WITHOUT_GRADIENTS)
         self.policy.model.train()
+        release_freed_memory()
         return values
 
     def _in_memory(

@@ -10,6 +10,7 @@ import torch
 
 from prefopt.core.config import FEWEST_TOKENS
 from prefopt.data.pack import micro_batches
+from prefopt.model.allocator import release_freed_memory
 
 
 @contextmanager
@@ -27,6 +28,7 @@ def out_of_memory_noted() -> Iterator[list[bool]]:
         ran_out.append(True)
     if ran_out:
         gc.collect()  # autograd's graph of the failed pass holds cycles
+        release_freed_memory()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -28,6 +28,8 @@ from prefopt.train.optimizer import MasterOptimizer
 FIRST_TRIED = {"cpu": MICRO_BATCH_TOKENS, "cuda": 16384, "mps": 4096}  # fast on the device, where memory allows
 SAFE_SHARE = 0.9  # of the memory that is left: other programs and the allocator's gaps need some
 _STEPS_LOOKED_AT = 200
+_GAPS, _GAPS_LORA = 0.15, 0.6  # shares of the passes; small weights that live on between large blocks cost the most
+_KERNELS = 100 << 20  # buffers of the libraries that multiply matrices
 _SMALL_SHARE = 0.3  # a rough bound below this share of the room needs no closer look
 
 
@@ -127,6 +129,7 @@ def plan_memory(
         "gradients, fp32": 4 * trained,
         "AdamW moments": 8 * trained,
         "passes over the largest micro-batch": passes[0] - held,
+        "gaps between them": _gaps(passes[0] - held, machine, lora=lora is not None),
         "reference model": weights * {"live": size, "tr-dpo": 4, "ema": 4}.get(config.reference_kind, 0),
     }
     return MemoryPlan(
@@ -138,6 +141,13 @@ def plan_memory(
         trained=trained,
         weights=weights,
     )
+
+
+def _gaps(passes: int, machine: Machine, *, lora: bool) -> int:
+    """What the CPU's allocator loses between blocks that come and go, by measurement (benchmarks/RESULTS.md)."""
+    if machine.device.type != "cpu":
+        return 0
+    return int(_GAPS_LORA * passes if lora else _GAPS * passes) + _KERNELS
 
 
 def _reference_pass(config: RunConfig, policy: LanguageModel, groups: Sequence[TokenGroup], ledger: Ledger, budget: int) -> int:
