@@ -141,7 +141,7 @@ def train_run(
         tokenizer = model.tokenizer if model else load_tokenizer(config.model.name, **source)
         context_tokens = model.context_tokens if model else model_facts(config.model.name, **source).context_tokens
         rows = prepare_rows(config, tokenizer, context_tokens, train_rows=train_rows, eval_rows=eval_rows)
-        config = _with_budget(config, rows, model.model.config if model else model_config(config.model.name, **source))
+        config = _with_budget(config, run, rows, model, resume=resume)
         policy = model or _load_policy(config, source)
     except PrefoptError:
         with contextlib.suppress(OSError):  # a folder that holds something stays
@@ -159,14 +159,19 @@ def train_run(
     return run
 
 
-def _with_budget(config: RunConfig, rows: Prepared, architecture: Any) -> RunConfig:
-    """`config` with train.micro_batch_tokens as a number: what a run resumes with is what it began with."""
+def _with_budget(config: RunConfig, run: RunFolder, rows: Prepared, model: LanguageModel | None, *, resume: bool) -> RunConfig:
+    """`config` with train.micro_batch_tokens as a number: that of the run which is resumed, else one that fits."""
     if config.train.micro_batch_tokens != "auto":
         return config
-    budget = fitting_budget(config, architecture, rows.train.groups, Machine.here(config))
-    if budget < FIRST_TRIED[pick_device().type]:
-        say(f"micro-batches of at most {budget} tokens, which fit into memory; `prefopt plan` says more")
-    return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_tokens": budget})})
+    saved = (run.read("config.json") or {}).get("train", {}).get("micro_batch_tokens") if resume else None
+    if not isinstance(saved, int):
+        source: dict[str, Any] = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
+        architecture = model.model.config if model is not None else model_config(config.model.name, **source)
+        held = sum(weight.nbytes for weight in model.model.parameters()) if model is not None else 0
+        saved = fitting_budget(config, architecture, rows.train.groups, Machine.here(config, held=held))
+        if saved < FIRST_TRIED[pick_device().type]:
+            say(f"micro-batches of at most {saved} tokens, which fit into memory; `prefopt plan` says more")
+    return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_tokens": saved})})
 
 
 def _claim(run: RunFolder, *, resume: bool) -> None:

@@ -142,3 +142,9 @@ def test_auto_is_saved_as_the_number_that_it_became(tmp_path: Path, monkeypatch:
     again = tiny_config(tmp_path, train={"max_steps": 1, "groups_per_step": 20, "output_dir": str(tmp_path / "small")})
     small = train_run(again).read("config.json")["train"]["micro_batch_tokens"]  # type: ignore[index]
     assert small in (64, 128, 256, 512)
+    monkeypatch.undo()
+    longer = again.model_copy(update={"train": again.train.model_copy(update={"max_steps": 2})})
+    assert longer.train.micro_batch_tokens == "auto"
+    with pytest.MonkeyPatch.context() as patch:  # a resumed run cuts as it did, whatever is free by now
+        patch.setattr("prefopt.pipeline.fitting_budget", lambda *given: pytest.fail("planned again"))
+        train_run(longer, resume=True)

@@ -44,14 +44,17 @@ class Machine:
     process: int
 
     @classmethod
-    def here(cls, config: RunConfig, *, total: int | None = None) -> Machine:
-        """The machine that this program runs on, or one like it where the program may hold `total` bytes."""
+    def here(cls, config: RunConfig, *, total: int | None = None, held: int = 0) -> Machine:
+        """The machine that this program runs on, or one like it where the program may hold `total` bytes.
+
+        `held`: bytes of weights in memory already, which a plan counts itself.
+        """
         device = pick_device()
         dtype, _ = compute_dtype(config.train.precision, device)
         if device.type == "cuda":
-            return cls(device, dtype, total or torch.cuda.mem_get_info(device)[0], process=0)
+            return cls(device, dtype, total or torch.cuda.mem_get_info(device)[0] + held, process=0)
         process = process_bytes()
-        return cls(device, dtype, total or process + available_bytes(), process)
+        return cls(device, dtype, total or process + available_bytes(), max(0, process - held))
 
     @property
     def room(self) -> int:
