@@ -36,7 +36,8 @@ RANKED = ("plackett_luce", "all_pairs", "best_of_k", "reward_ranking")
 SCORED = "UltraFeedback, K = 2"
 Rows = list[dict[str, Any]]
 Source = tuple[str, Rows | str, Rows | None]
-LR_FACTOR = {"sft": 10.0, "reward": 10.0, "reward_ranking": 10.0, "bco": 0.3}  # imitation and new heads move further
+LR_FACTOR = {"sft": 10.0, "reward": 10.0, "reward_ranking": 10.0, "bco": 0.3, "dpop": 0.3, "f_dpo": 0.3}
+# imitation and new heads move further; losses that grow fast on one side overshoot
 TARGETS = ("sppo", "cal_dpo")  # pull log-ratios to 1 / (2 beta): 5 nats with beta 0.1, less than rows of 64 tokens scatter
 LEFT_OUT = ("dpo-hh",)
 

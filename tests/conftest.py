@@ -11,6 +11,8 @@ import pytest
 
 from prefopt.core import progress
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: workers share the cores
+
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:

@@ -58,9 +58,10 @@ def train(
                 }
             )
         )
-    say(
-        f"{run.path}: {last['step']} steps, last loss {last['loss']:.4f}. Next: prefopt evaluate {run.path} and prefopt report {run.path}"
-    )
+    measure = f"prefopt evaluate {run.path}"
+    if config.loss.facts[0].trains_reward_model:
+        measure = f"prefopt score --reward-model {run.path} ROWS -o scores.jsonl"
+    say(f"{run.path}: {last['step']} steps, last loss {last['loss']:.4f}. Next: {measure} and prefopt report {run.path}")
 
 
 def _config_of(recipe: Path | None, overrides: list[str] | None, *, verb: str) -> RunConfig:
