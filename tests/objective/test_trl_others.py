@@ -21,6 +21,8 @@ from objective.made_rows import PAIR, group, label, said, scored
 from prefopt.objective.apply import Objective
 from prefopt.objective.reference_free import orpo
 
+pytestmark = pytest.mark.slow  # imports TRL
+
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 pytest.importorskip("trl")
 with warnings.catch_warnings():

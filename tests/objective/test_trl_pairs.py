@@ -23,7 +23,10 @@ from prefopt.core.losses.table import LOSSES
 from prefopt.data.encode import TokenGroup
 from prefopt.objective.apply import Objective
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = [
+    pytest.mark.slow,  # imports TRL
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
+]
 
 PAIRS, PROMPT_TOKENS, TOKENS = 5, 2, 9  # a batch's; TOKENS with those of the prompt
 OURS = {

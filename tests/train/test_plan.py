@@ -58,6 +58,7 @@ class TestLedger:
             assert ledger.peak >= 4 << 38
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tokens", "recompute"), [(60, False), (400, False), (400, True)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("lora", [None, {"r": 4}])
@@ -109,6 +110,7 @@ def test_a_larger_budget_takes_more_and_recomputing_less(tmp_path: Path) -> None
     assert less < passes[-1]
 
 
+@pytest.mark.slow
 def test_the_budget_is_halved_until_it_fits_and_no_further_than_the_longest_row(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, train={"groups_per_step": 40})
     groups, architecture = groups_of(config), model_config(config.model.name)
@@ -123,6 +125,7 @@ def test_the_budget_is_halved_until_it_fits_and_no_further_than_the_longest_row(
     assert max(group.unique_tokens for group in groups) <= chosen(1000) < 2 * max(group.unique_tokens for group in groups)
 
 
+@pytest.mark.slow
 def test_changes_are_those_that_fit(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, train={"groups_per_step": 40, "micro_batch_tokens": 1024})
     groups, architecture = groups_of(config), model_config(config.model.name)
