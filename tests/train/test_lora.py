@@ -24,6 +24,7 @@ from prefopt.model.load import load_model
 from prefopt.pipeline import train_run
 from train.tiny_runs import preference_rows, stop_after, tiny_config, tiny_training, weights_of, write_model, write_rows
 
+pytestmark = pytest.mark.slow  # whole runs
 STEPS = 4
 LN_2 = 0.6931471805599453
 

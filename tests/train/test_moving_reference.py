@@ -22,6 +22,8 @@ from train.rows_of_kinds import labels
 from train.tiny_objectives import run
 from train.tiny_runs import stop_after, tiny_config, tiny_training, weights_of, write_model, write_rows
 
+pytestmark = pytest.mark.slow  # whole runs
+
 Weights = dict[str, torch.Tensor]
 TR_DPO = {"kind": "tr-dpo", "cache_dir": None}
 EMA = {"kind": "ema", "cache_dir": None}

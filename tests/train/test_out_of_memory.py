@@ -37,9 +37,15 @@ def limit(training: Training, tokens: int, *, error: type[Exception] = RuntimeEr
     return tried
 
 
-@pytest.mark.parametrize("error", [RuntimeError, MemoryError, torch.OutOfMemoryError])
 @pytest.mark.parametrize(
-    "sections", [{}, {"train": {"precision": "bf16"}}, {"loss": {"name": "bco_pair"}}, {"loss": {"name": "aot"}}], ids=str
+    ("sections", "error"),
+    [
+        ({}, RuntimeError),
+        ({"train": {"precision": "bf16"}}, MemoryError),
+        ({"loss": {"name": "bco_pair"}}, torch.OutOfMemoryError),
+        ({"loss": {"name": "aot"}}, RuntimeError),
+    ],
+    ids=str,
 )
 def test_the_step_is_made_again_in_smaller_micro_batches(
     tmp_path: Path, sections: dict[str, Any], error: type[Exception]
