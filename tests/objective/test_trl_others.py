@@ -77,7 +77,7 @@ def saying(logp_SL: Tensor, order: Tensor) -> Any:
     return lambda **_: outputs
 
 
-def same(ours: Tensor, theirs: Tensor, leaf: Tensor) -> None:
+def assert_same(ours: Tensor, theirs: Tensor, leaf: Tensor) -> None:
     assert ours.dtype == theirs.dtype == torch.float64
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-9, abs=1e-12)
     mine, wanted = torch.autograd.grad(ours, leaf, retain_graph=True)[0], torch.autograd.grad(theirs, leaf)[0]
@@ -123,7 +123,7 @@ def test_unpaired(name: str, weights: tuple[float, float], kl: float, labels: li
     theirs = KTOTrainer._compute_loss(stub, saying(policy_SL, torch.arange(COUNT)), batch, False)
     options = {"name": name, "beta": 0.3, "desirable_weight": weights[0], "undesirable_weight": weights[1]}
     rows = [group(label(good), count) for good, count in zip(labels, LENGTHS, strict=True)]
-    same(ours(options, rows, policy_SL, reference_SL, mismatch=kl), theirs, policy_SL)
+    assert_same(ours(options, rows, policy_SL, reference_SL, mismatch=kl), theirs, policy_SL)
 
 
 class TestLogits:
@@ -159,18 +159,18 @@ class TestLogits:
         """Its gamma_logratios is gamma / beta, subtracted before the scaling by beta."""
         model, logits_SLV, logp_SL = self.model(5)
         theirs = self.cpo(model, loss_type="simpo", beta=2.5, simpo_gamma=1.4, cpo_alpha=0.0)
-        same(ours({"name": "simpo", "beta": 2.5, "gamma": 1.4}, PAIRS, logp_SL), theirs, logits_SLV)
+        assert_same(ours({"name": "simpo", "beta": 2.5, "gamma": 1.4}, PAIRS, logp_SL), theirs, logits_SLV)
 
     def test_cpo_without_imitation(self) -> None:
         model, logits_SLV, logp_SL = self.model(6)
         theirs = self.cpo(model, loss_type="sigmoid", beta=0.2, cpo_alpha=0.0)
-        same(ours({"name": "cpo", "beta": 0.2, "alpha": 0.0}, PAIRS, logp_SL), theirs, logits_SLV)
+        assert_same(ours({"name": "cpo", "beta": 0.2, "alpha": 0.0}, PAIRS, logp_SL), theirs, logits_SLV)
 
     def test_cpo_imitates_by_the_token(self) -> None:
         """TRL's second term is the mean over the tokens of all chosen responses of a batch: that is sft in a mix."""
         model, logits_SLV, logp_SL = self.model(7)
         theirs = self.cpo(model, loss_type="sigmoid", beta=0.2, cpo_alpha=0.7)
-        same(ours({"cpo": {"alpha": 0.0, "beta": 0.2}, "sft": 0.7}, PAIRS, logp_SL), theirs, logits_SLV)
+        assert_same(ours({"cpo": {"alpha": 0.0, "beta": 0.2}, "sft": 0.7}, PAIRS, logp_SL), theirs, logits_SLV)
 
     def test_cpo_alpha_averages_over_responses_instead(self) -> None:
         """arXiv 2401.08417 eq. 4 has an expectation over responses, not over tokens; so does our alpha, per token of each."""
@@ -198,7 +198,7 @@ class TestLogits:
         theirs, _ = self.orpo(model, monkeypatch, beta=0.4)
         nll_S = -logp_SL.masked_fill(~IS_RESPONSE, 0.0).sum(1)[::2]
         mine = ours({"name": "orpo", "beta": 0.4}, PAIRS, logp_SL) - (nll_S / TOKENS[::2]).mean()
-        same(mine, theirs, logits_SLV)
+        assert_same(mine, theirs, logits_SLV)
 
     def test_orpo_imitates_responses_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """arXiv 2403.07691 eq. 6 has the loss of chosen given the prompt; TRL imitates the prompt's tokens as well."""
@@ -232,7 +232,7 @@ def test_reward(centering: float | None, margins: tuple[float, ...] | None) -> N
     )
     objective = Objective({"name": "reward", "centering": centering or 0.0})
     mine = objective(scored(rows, score_S), totals=objective.totals(rows)).loss
-    same(mine, theirs, score_S)
+    assert_same(mine, theirs, score_S)
 
 
 @pytest.mark.parametrize(
@@ -259,4 +259,4 @@ def test_sft_and_its_mix_with_dpo(types: list[str], weights: list[float], option
         "ref_rejected_logps": reference_S[1::2],
     }
     theirs = DPOTrainer._compute_loss(stub, saying(policy_SL, CHOSEN_THEN_REJECTED), batch, False)
-    same(ours(options, PAIRS, policy_SL, reference_SL), theirs, policy_SL)
+    assert_same(ours(options, PAIRS, policy_SL, reference_SL), theirs, policy_SL)

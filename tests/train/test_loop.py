@@ -17,22 +17,8 @@ from prefopt.data.encode import TokenGroup
 from prefopt.model.reference import Logps
 from prefopt.train.loop import Training
 from prefopt.train.optimizer import learning_rate
-from prefopt.train.record import StepRecord
+from train.tiny_objectives import run
 from train.tiny_runs import tiny_config, tiny_training, weights_of
-
-
-class Records:
-    def __init__(self) -> None:
-        self.steps: list[StepRecord] = []
-
-    def after_step(self, record: StepRecord) -> None:
-        self.steps.append(record)
-
-
-def run(training: Training) -> list[StepRecord]:
-    records = Records()
-    training.run([records])
-    return records.steps
 
 
 def gradients(training: Training) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from prefopt.core.config import RunConfig
+from prefopt.core.errors import ModelError
 from prefopt.data.encode import TokenGroup
 from prefopt.model.footprint import Ledger, forward_backward, without_data
 from prefopt.model.load import model_config
@@ -151,3 +152,17 @@ def test_auto_is_saved_as_the_number_that_it_became(tmp_path: Path, monkeypatch:
     with pytest.MonkeyPatch.context() as patch:  # a resumed run cuts as it did, whatever is free by now
         patch.setattr("prefopt.pipeline.fitting_budget", lambda *given: pytest.fail("planned again"))
         train_run(longer, resume=True)
+
+
+def test_a_model_that_cannot_be_followed_is_trained_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(tmp_path)
+    groups, architecture = groups_of(config), model_config(config.model.name)
+
+    def by_data(*given: Any) -> None:
+        raise RuntimeError("the output shape depends on data")
+
+    monkeypatch.setattr("prefopt.train.plan.forward_backward", by_data)
+    with pytest.raises(ModelError, match=r"cannot be counted without its weights \(RuntimeError\)") as raised:
+        plan_memory(config, architecture, groups, machine(), micro_batch_tokens=100)
+    assert "train.micro_batch_tokens" in str(raised.value.todo)
+    assert fitting_budget(config, architecture, groups, machine(1000)) == 1024

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from prefopt.core.config import FEWEST_TOKENS, MICRO_BATCH_TOKENS, RunConfig
-from prefopt.core.errors import ConfigError
+from prefopt.core.errors import ConfigError, ModelError, PrefoptError
 from prefopt.core.memory import available_bytes, process_bytes
-from prefopt.core.progress import silence
+from prefopt.core.progress import say, silence
 from prefopt.core.resolve import resolve_config
 from prefopt.data.encode import TokenGroup
 from prefopt.data.pack import groups_of_step, micro_batches, total_steps
@@ -96,7 +96,24 @@ class Change:
 def plan_memory(
     config: RunConfig, model_config: Any, groups: Sequence[TokenGroup], machine: Machine, *, micro_batch_tokens: int
 ) -> MemoryPlan:
-    """The plan of `config` for the rows `groups` with a budget of `micro_batch_tokens`."""
+    """The plan of `config` for the rows `groups` with a budget of `micro_batch_tokens`.
+
+    ModelError where the model's passes cannot be followed without data: those of a mixture of experts depend on it.
+    """
+    try:
+        return _counted(config, model_config, groups, machine, micro_batch_tokens)
+    except PrefoptError:
+        raise
+    except Exception as error:  # any kind that the model's own code or a tensor without data raises
+        raise ModelError(
+            f"{config.model.name}: its memory cannot be counted without its weights ({type(error).__name__})",
+            todo="Set train.micro_batch_tokens yourself; a step that runs out of memory is made again in smaller pieces.",
+        ) from error
+
+
+def _counted(
+    config: RunConfig, model_config: Any, groups: Sequence[TokenGroup], machine: Machine, micro_batch_tokens: int
+) -> MemoryPlan:
     largest = largest_micro_batch(config, groups, micro_batch_tokens)
     lora = config.model.lora
     policy = model_without_weights(
@@ -188,18 +205,24 @@ def largest_micro_batch(config: RunConfig, groups: Sequence[TokenGroup], micro_b
 def fitting_budget(config: RunConfig, model_config: Any, groups: Sequence[TokenGroup], machine: Machine) -> int:
     """train.micro_batch_tokens of `auto`: the first tried on the device, halved until its plan fits or holds one group only."""
     budget = FIRST_TRIED[machine.device.type]
-    if _rough_bound(config, model_config, groups, machine, budget) < _SMALL_SHARE * machine.room:
+    if _rough_bound(model_config, groups, budget) < _SMALL_SHARE * machine.room:
         return budget
     while True:
-        plan = plan_memory(config, model_config, groups, machine, micro_batch_tokens=budget)
+        try:
+            plan = plan_memory(config, model_config, groups, machine, micro_batch_tokens=budget)
+        except ModelError as error:
+            say(f"{error.what}; micro-batches of at most {budget} tokens")
+            return budget
         if plan.peak <= machine.room or budget // 2 < max(FEWEST_TOKENS, *(group.unique_tokens for group in groups)):
             return budget
         budget //= 2
 
 
-def _rough_bound(config: RunConfig, model_config: Any, groups: Sequence[TokenGroup], machine: Machine, budget: int) -> float:
-    """More than a run needs, from the shapes of a usual decoder alone."""
+def _rough_bound(model_config: Any, groups: Sequence[TokenGroup], budget: int) -> float:
+    """More than a run needs, from the shapes of a usual decoder alone; infinite where the configuration names them otherwise."""
     text = model_config.get_text_config()
+    if not all(isinstance(getattr(text, name, None), int) for name in ("hidden_size", "num_hidden_layers", "vocab_size")):
+        return float("inf")
     hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
     inner = int(getattr(text, "intermediate_size", None) or 4 * hidden)
     weights = 2 * int(text.vocab_size) * hidden + layers * (4 * hidden * hidden + 3 * hidden * inner)
