@@ -84,6 +84,13 @@ def killed(folder):
         os.kill(os.getpid(), signal.SIGKILL)
     sync(folder)
 checkpoint._sync = killed
+remove = checkpoint.shutil.rmtree
+def killed_after_one_file(folder, **how):
+    if "step-000003" in folder.name and folder.is_dir() and os.environ.get("KILL") == "removing":
+        (folder / "optimizer.safetensors").unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    remove(folder, **how)
+checkpoint.shutil.rmtree = killed_after_one_file
 from prefopt.cli import main
 main()
 """
@@ -105,7 +112,7 @@ def wait_for_step(path: Path, step: int, process: subprocess.Popen[str]) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kill", ["anywhere", "writing"])
+@pytest.mark.parametrize("kill", ["anywhere", "writing", "removing"])
 def test_a_killed_run_goes_on_bit_by_bit(tmp_path: Path, unbroken: RunFolder, kill: str) -> None:
     config = config_of(tmp_path, "killed")
     process = start_command("train", recipe_of(config, tmp_path / "recipe.yaml"), kill=kill)
@@ -119,6 +126,9 @@ def test_a_killed_run_goes_on_bit_by_bit(tmp_path: Path, unbroken: RunFolder, ki
     if kill == "writing":
         assert [path.name for path in run.complete_checkpoints()] == ["step-000003"]
         assert (run.checkpoints / ".step-000004.partial").is_dir()
+    if kill == "removing":
+        assert [path.name for path in run.complete_checkpoints()] == ["step-000004"]
+        assert (run.checkpoints / ".step-000003.removed").is_dir()
     assert len(run.complete_checkpoints()) >= 1
     train_run(config, resume=True)
     assert_same_run(run, unbroken)

@@ -190,8 +190,15 @@ def load_checkpoint(training: Training, folder: Path) -> None:
 
 
 def prune_checkpoints(folder: Path, *, keep_last: int, keep: set[str]) -> None:
-    """Remove all but the newest `keep_last` checkpoints and those named in `keep`."""
+    """Remove all but the newest `keep_last` checkpoints and those named in `keep`, and what a killed run left of others.
+
+    A checkpoint loses its name before its files, so that one removed in part never stands among the others.
+    """
     complete = sorted(path for path in folder.glob("step-*") if checkpoint_is_complete(path))
     for path in complete[:-keep_last]:
         if path.name not in keep:
-            shutil.rmtree(path)
+            nameless = path.with_name(f".{path.name}.removed")
+            shutil.rmtree(nameless, ignore_errors=True)
+            os.replace(path, nameless)
+    for leftover in [*folder.glob(".step-*.removed"), *folder.glob(".step-*.partial")]:
+        shutil.rmtree(leftover)
