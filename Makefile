@@ -26,10 +26,10 @@ demo: $(VENV)/.demo
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/positive/run.sh
 
 test: check
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n auto -m slow
 
 check: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -126,6 +126,7 @@ def test_a_dry_run_shows_everything_and_writes_nothing(folder: Path, model: Path
     assert not (folder / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_plan_says_whether_it_fits_and_what_would(folder: Path, model: Path) -> None:
     words = ["plan", *small(model, "data.eval_rows=8")[1:]]
     fits = prefopt(*words)
