@@ -5,17 +5,21 @@ Each response attends, causally by position, to its prompt and to itself; a prom
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from prefopt.model.transfer import to_device
+
 Positions = NDArray[np.int64]
 Mask = NDArray[np.bool_]
+Made = TypeVar("Made")
 
 # A group is computed as one masked square while that costs at most this many times the attention it needs;
 # beyond, each response is computed apart. Few large calls beat many small ones (benchmarks/RESULTS.md).
@@ -56,17 +60,29 @@ class Segment:
 
 @dataclass(frozen=True)
 class Layout:
-    """The groups of one packed batch. Segments are made once per sliding window and kept for all layers."""
+    """The groups of one packed batch, and what each backend makes of them once per sliding window, for all layers."""
 
     spans: tuple[GroupSpan, ...]
-    made: dict[tuple[int | None, torch.device], list[Segment]] = field(default_factory=dict, compare=False)
+    made: dict[Hashable, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def tokens(self) -> int:
+        """Length of the packed axis."""
+        return self.spans[-1].start + self.spans[-1].tokens if self.spans else 0
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` returns, made at the first call with this key and kept as long as the layout."""
+        if key not in self.made:
+            self.made[key] = make()
+        found: Made = self.made[key]
+        return found
 
     def segments(self, window: int | None, device: torch.device) -> list[Segment]:
         """Segments that cover every query once, in token order. `window`: keys at most that many positions back."""
-        key = (window, device)
-        if key not in self.made:
-            self.made[key] = [segment for span in self.spans for segment in _segments(span, window, device)]
-        return self.made[key]
+        return self.once(
+            ("segments", window, device),
+            lambda: [segment for span in self.spans for segment in _segments(span, window, device)],
+        )
 
 
 def _segments(span: GroupSpan, window: int | None, device: torch.device) -> Iterator[Segment]:
@@ -89,7 +105,7 @@ def _square_mask(span: GroupSpan, window: int | None, device: torch.device) -> T
     owner = np.repeat(np.arange(1 + len(span.responses)), [span.prompt, *span.responses])
     position = np.concatenate([np.arange(span.prompt), *(span.prompt + np.arange(length) for length in span.responses)])
     allowed = (owner[None, :] == owner[:, None]) | (owner[None, :] == 0)
-    return torch.as_tensor(allowed & _in_reach(position, position, window), device=device)
+    return to_device(allowed & _in_reach(position, position, window), device)
 
 
 def _causal_mask(first: int, last: int, window: int | None, device: torch.device, *, always: bool = False) -> Tensor | None:
@@ -97,7 +113,7 @@ def _causal_mask(first: int, last: int, window: int | None, device: torch.device
     if not always and (window is None or window >= last):
         return None
     keys = np.arange(last)
-    return torch.as_tensor(_in_reach(keys[first:], keys, window), device=device)
+    return to_device(_in_reach(keys[first:], keys, window), device)
 
 
 def _in_reach(queries: Positions, keys: Positions, window: int | None) -> Mask:
@@ -106,7 +122,9 @@ def _in_reach(queries: Positions, keys: Positions, window: int | None) -> Mask:
     return reach if window is None else reach & (distance < window)
 
 
+# Module state, because backward may run on other threads.
 _active: Layout | None = None
+_backend: str | None = None
 
 
 def active_layout() -> Layout | None:
@@ -114,13 +132,26 @@ def active_layout() -> Layout | None:
     return _active
 
 
+def wanted_backend() -> str | None:
+    """The backend that `attention.use_backend` asked for, or None."""
+    return _backend
+
+
+def use_layout(layout: Layout | None) -> AbstractContextManager[None]:
+    """Make `layout` the active one within the block, and keep the backend that is wanted where this is called.
+
+    So a layer that is computed again in backward takes the backend of its forward.
+    """
+    return in_force(layout, _backend)
+
+
 @contextmanager
-def use_layout(layout: Layout | None) -> Iterator[None]:
-    """Make `layout` the active one within the block. Module state, because backward may run on other threads."""
-    global _active
-    before = _active
-    _active = layout
+def in_force(layout: Layout | None, backend: str | None) -> Iterator[None]:
+    """Both, within the block; a backend of None leaves the choice open."""
+    global _active, _backend
+    before = (_active, _backend)
+    _active, _backend = layout, backend
     try:
         yield
     finally:
-        _active = before
+        _active, _backend = before
