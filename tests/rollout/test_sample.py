@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import chi2
 from transformers import GenerationConfig
 
 import prefopt.rollout.sample as sample_module
@@ -172,22 +173,41 @@ def test_words_keep_their_spaces_behind_the_prompt_of_a_real_model() -> None:
     assert whole == "Once upon a" + row.response
 
 
-def test_prompts_computed_once_give_the_same_samples_as_prompts_computed_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = language_model()
-    prompts = ["a b c", "d", "e e a b"]
-    calls = []
-    shared_prefill = sample_module._shared_prefill
+def test_a_response_depends_on_its_own_stream_only(tiny: LanguageModel) -> None:
+    def ids(prompts: list[str], n: int, batch_size: int) -> list[list[list[int]]]:
+        rows = sample(tiny, prompts, n=n, max_new_tokens=9, seed=4, batch_size=batch_size)
+        return [[row.response_ids.tolist() for row in rows[at : at + n]] for at in range(0, len(rows), n)]
 
-    def counted(*arguments: Any) -> Any:
-        cache = shared_prefill(*arguments)
-        calls.append(cache)
-        return cache
+    whole = ids(PROMPTS, 4, 7)
+    assert ids(PROMPTS, 4, 1) == ids(PROMPTS, 4, 100) == whole
+    assert ids(PROMPTS[:3], 4, 5) == whole[:3]
+    assert ids(PROMPTS, 2, 6) == [responses[:2] for responses in whole]
+    assert len({tuple(response) for responses in whole for response in responses}) > 12
 
-    monkeypatch.setattr(sample_module, "_shared_prefill", counted)
-    reused = sample(model, prompts, n=3, max_new_tokens=9, seed=4, template="plain")
-    assert calls
-    assert all(cache is not None for cache in calls)
-    monkeypatch.setattr(sample_module, "_shared_prefill", lambda *arguments: None)
-    plain = sample(model, prompts, n=3, max_new_tokens=9, seed=4, template="plain")
-    assert [row.response_ids.tolist() for row in reused] == [row.response_ids.tolist() for row in plain]
-    assert len({tuple(row.response_ids.tolist()) for row in reused}) > 3
+
+def test_both_ways_of_computing_draw_the_same_responses(tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"n": 5, "max_new_tokens": 9, "seed": 2, "batch_size": 4, "top_p": 0.95, "temperature": 1.3}
+    own = [row.response_ids.tolist() for row in sample(tiny, PROMPTS, **settings)]
+    monkeypatch.setattr(sample_module, "follows", lambda *arguments: False)
+    assert [row.response_ids.tolist() for row in sample(tiny, PROMPTS, **settings)] == own
+    assert len({len(response) for response in own}) > 3
+
+
+def test_whole_responses_have_the_policys_own_probabilities(tiny: LanguageModel) -> None:
+    """Pearson's chi-square over every response of at most two tokens, against their exact probabilities."""
+    draws = 4000
+    rows = sample(tiny, ["a b"], n=draws, max_new_tokens=2, batch_size=500)
+    counts = Counter(tuple(row.response_ids.tolist()) for row in rows)
+    prompt = rows[0].prompt_ids.tolist()
+    expected: dict[tuple[int, ...], float] = {}
+    for first, p in enumerate(next_probabilities(tiny, prompt).tolist()):
+        after = [1.0] if first == 1 else next_probabilities(tiny, [*prompt, first]).tolist()
+        expected |= {(first,) if first == 1 else (first, second): p * q for second, q in enumerate(after)}
+    assert math.isclose(sum(expected.values()), 1, abs_tol=1e-5)
+    frequent = [response for response, p in expected.items() if p * draws >= 5]
+    rare = draws * (1 - sum(expected[response] for response in frequent))
+    seen = sum(counts[response] for response in frequent)
+    square = sum((counts[response] - draws * expected[response]) ** 2 / (draws * expected[response]) for response in frequent)
+    square += (draws - seen - rare) ** 2 / rare
+    assert len(frequent) > 12
+    assert chi2.sf(square, len(frequent)) > 1e-3

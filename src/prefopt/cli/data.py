@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,7 +31,7 @@ def check(
         set_quiet(True)
     from prefopt.core.resolve import resolve_config
     from prefopt.data.audit import audit, audit_lines
-    from prefopt.data.encode import token_budget
+    from prefopt.data.budget import token_budget
     from prefopt.data.shapes import load_groups
     from prefopt.data.token_cache import cached_encoding
     from prefopt.model.load import load_tokenizer, model_facts
@@ -55,8 +55,13 @@ def sample(
     top_p: Annotated[float, typer.Option(help="Nucleus: the smallest set of tokens with this probability.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest response.")] = 128,
     seed: int = 0,
-    batch_size: Annotated[int, typer.Option(help="Responses generated at once.")] = 32,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Responses in progress at once: 32 unless given, or what vLLM chooses.")
+    ] = None,
     template: TemplateOption = "auto",
+    engine: Annotated[
+        str, typer.Option(help="torch, vllm, or auto: vLLM on CUDA where it is installed and the model is no adapter.")
+    ] = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Sample responses of a model to prompts."""
@@ -66,22 +71,18 @@ def sample(
     from prefopt.rollout.prompts import read_prompts
     from prefopt.rollout.sample import sample as draw
     from prefopt.rollout.sample import samples_of, write_samples
+    from prefopt.rollout.with_vllm import chosen_engine, sample_with_vllm
 
     if as_json:
         set_quiet(True)
     asked = read_prompts(prompts)
     check_writable(output.parent)
-    rows = draw(
-        load_model(model),
-        asked,
-        n=n,
-        temperature=temperature,
-        top_p=top_p,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        batch_size=batch_size,
-        template=template,
-    )
+    settings: dict[str, Any] = {"n": n, "temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+    settings |= {"seed": seed, "template": template} | ({} if batch_size is None else {"batch_size": batch_size})
+    if chosen_engine(engine, model) == "vllm":
+        rows = sample_with_vllm(model, asked, **settings)
+    else:
+        rows = draw(load_model(model), asked, **settings)
     write_samples(output, rows)
     finished = sum(row.finished for row in rows)
     say(

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
-from transformers import DynamicCache, GenerationConfig
 
 from prefopt.core.errors import ConfigError, DataError, ModelError
 from prefopt.core.files import whole_file
@@ -20,9 +15,10 @@ from prefopt.core.progress import progress
 from prefopt.data.encode import Ids, end_of_turn_ids, prompt_ids
 from prefopt.data.render import UnusableTemplate
 from prefopt.model.engine import LanguageModel
+from prefopt.rollout.decode import Wanted, decode, follows
+from prefopt.rollout.draw import next_tokens, uniforms_of
+from prefopt.rollout.generate import generate
 from prefopt.rollout.prompts import Given, Prompt, as_prompt
-
-_SETTINGS: Any = GenerationConfig  # its constructor has no types
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,27 +49,45 @@ def sample(
     """`n` responses to every prompt, in the order of `prompts`: response k of prompt i is at `i * n + k`.
 
     Temperature 0 is greedy. Nothing but temperature and top_p shapes the distribution: the model's own generation
-    settings (top-k, penalties ...) are set aside, so that at temperature 1 these are samples of the policy itself. The
-    same seed, prompts and batch_size give the same responses; torch's global random state is left as it was.
-    ConfigError for settings out of range, ModelError where a prompt leaves no room in the context for max_new_tokens.
+    settings (top-k, penalties ...) are set aside, so that at temperature 1 these are samples of the policy itself.
+    Response k of prompt i has a random stream of its own, made of `seed`, i and k: it stays the same whatever the
+    batch size, `n` and the prompts behind it, up to rounding, by which matrix products of other sizes can differ.
+    torch's global random state is left alone. `batch_size` responses are in progress at once; one that ends makes room
+    for the next (see `prefopt.rollout.decode`). Models that cannot follow packed batches go through transformers'
+    generate() in batches. ConfigError for settings out of range, ModelError where a prompt leaves no room in the context
+    for max_new_tokens.
     """
-    _check_settings(n=n, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    check_settings(n=n, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, batch_size=batch_size)
     asked = [as_prompt(prompt, source=f"prompt {at}") for at, prompt in enumerate(prompts)]
-    ids = [_prompt_ids(model, prompt, template) for prompt in asked]
-    _check_room(model, asked, ids, max_new_tokens)
-    ends = tuple(end_of_turn_ids(model.tokenizer, template=template))
-    settings = _generation_config(model, ends, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
-    # longest first: what does not fit in memory fails in the first batch
-    order = sorted((i for i in range(len(asked)) for _ in range(n)), key=lambda i: -len(ids[i]))
-    responses: dict[int, list[Ids]] = {i: [] for i in range(len(asked))}
-    with progress(title, len(order), "responses") as shown, _ready_to_generate(model):
-        for at in range(0, len(order), batch_size):
-            batch = order[at : at + batch_size]
-            torch.manual_seed(_stream(seed, at // batch_size))
-            for i, new in zip(batch, _generate(model, [ids[i] for i in batch], settings), strict=True):
-                responses[i].append(_until_end(new, ends))
-            shown.advance(len(batch))
-    return [_row(model, asked[i], ids[i], response, ends) for i in range(len(asked)) for response in responses[i]]
+    ids = tokens_of(asked, model.tokenizer, template=template)
+    check_room(asked, ids, context_tokens=model.context_tokens, max_new_tokens=max_new_tokens)
+    ends = end_of_turn_ids(model.tokenizer, template=template)
+    wanted = [
+        Wanted(prompt_ids, partial(uniforms_of, seed, i, k, max_new_tokens))
+        for i, prompt_ids in enumerate(ids)
+        for k in range(n)
+    ]
+    choose = partial(next_tokens, temperature=temperature, top_p=top_p)
+    responses: list[Ids | None] = [None] * len(wanted)
+    training = model.model.training
+    model.model.eval()
+    try:
+        draw = decode if follows(model, ids, max_new_tokens) else generate
+        with progress(title, len(wanted), "responses") as shown:
+
+            def done(number: int, response: Ids) -> None:
+                responses[number] = response
+                shown.advance(1)
+
+            limits: dict[str, Any] = {"ends": ends, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+            draw(model, wanted, choose, **limits, done=done)
+    finally:
+        model.model.train(training)
+    return [
+        row_of(asked[number // n], ids[number // n], response, model.tokenizer, ends)
+        for number, response in enumerate(responses)
+        if response is not None
+    ]
 
 
 def samples_of(rows: Sequence[SampleRow]) -> list[dict[str, Any]]:
@@ -119,7 +133,8 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _check_settings(*, n: int, temperature: float, top_p: float, max_new_tokens: int, batch_size: int) -> None:
+def check_settings(*, n: int, temperature: float, top_p: float, max_new_tokens: int, batch_size: int = 1) -> None:
+    """ConfigError names a setting that is out of range."""
     for name, value in (("n", n), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ConfigError(f"{name}: found {value}, at least 1 is needed", todo=f"For example {name}=8.")
@@ -131,111 +146,39 @@ def _check_settings(*, n: int, temperature: float, top_p: float, max_new_tokens:
         raise ConfigError(f"top_p: found {top_p}, outside (0, 1]", todo="Use 1 for the whole distribution.")
 
 
-def _prompt_ids(model: LanguageModel, prompt: Prompt, template: str) -> Ids:
-    try:
-        return prompt_ids(prompt.turns, model.tokenizer, template=template, form=prompt.form)
-    except UnusableTemplate as error:
-        raise DataError(
-            f"{prompt.source}: {error.reason} (found {error.found}, expected {error.expected})",
-            todo="Mend or remove this prompt, or choose another data.template.",
-        ) from error
+def tokens_of(prompts: Sequence[Prompt], tokenizer: Any, *, template: str) -> list[Ids]:
+    """Token ids of each prompt with the opening of the response; DataError names one that the template cannot write."""
+    found = []
+    for prompt in prompts:
+        try:
+            found.append(prompt_ids(prompt.turns, tokenizer, template=template, form=prompt.form))
+        except UnusableTemplate as error:
+            raise DataError(
+                f"{prompt.source}: {error.reason} (found {error.found}, expected {error.expected})",
+                todo="Mend or remove this prompt, or choose another data.template.",
+            ) from error
+    return found
 
 
-def _check_room(model: LanguageModel, prompts: Sequence[Prompt], ids: Sequence[Ids], max_new_tokens: int) -> None:
-    room = model.context_tokens - max_new_tokens
+def check_room(prompts: Sequence[Prompt], ids: Sequence[Ids], *, context_tokens: int, max_new_tokens: int) -> None:
+    """ModelError names the first prompt that leaves no room for `max_new_tokens` in a context of `context_tokens`."""
+    room = context_tokens - max_new_tokens
     over = [at for at, tokens in enumerate(ids) if len(tokens) > room]
     if over:
         first, longest = over[0], max(map(len, ids))
-        shorter = (
-            f", or lower max_new_tokens to at most {model.context_tokens - longest}" if longest < model.context_tokens else ""
-        )
+        shorter = f", or lower max_new_tokens to at most {context_tokens - longest}" if longest < context_tokens else ""
         raise ModelError(
             f"{prompts[first].source or f'prompt {first}'}: {len(ids[first])} prompt tokens and {max_new_tokens} new ones do"
-            f" not fit the model's context of {model.context_tokens} tokens ({len(over)} of {len(ids)} prompts are too long)",
+            f" not fit the model's context of {context_tokens} tokens ({len(over)} of {len(ids)} prompts are too long)",
             todo=f"Remove or shorten these prompts{shorter}.",
         )
 
 
-def _generation_config(
-    model: LanguageModel, ends: tuple[int, ...], *, temperature: float, top_p: float, max_new_tokens: int
-) -> GenerationConfig:
-    pad = model.tokenizer.pad_token_id
-    if pad is None or not 0 <= pad < model.model.get_input_embeddings().num_embeddings:
-        pad = ends[0]  # only ever seen behind the attention mask and behind an end of turn
-    choice = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {"do_sample": False}
-    )
-    settings: GenerationConfig = _SETTINGS(
-        max_new_tokens=max_new_tokens, eos_token_id=list(ends), pad_token_id=pad, use_cache=True, **choice
-    )
-    return settings
-
-
-@contextlib.contextmanager
-def _ready_to_generate(model: LanguageModel) -> Iterator[None]:
-    """Evaluation mode, no generation settings of the model's own, and a private random state; all put back after."""
-    inner = model.model
-    training, own, use_cache = inner.training, inner.generation_config, getattr(inner.config, "use_cache", None)
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        try:
-            inner.eval()
-            inner.generation_config = _SETTINGS()  # generate() fills what a call leaves open from this
-            inner.config.use_cache = True
-            yield
-        finally:
-            inner.config.use_cache = use_cache
-            inner.generation_config = own
-            inner.train(training)
-
-
-def _generate(model: LanguageModel, prompts: Sequence[Ids], settings: GenerationConfig) -> list[Ids]:
-    width = max(map(len, prompts))
-    assert isinstance(settings.pad_token_id, int)
-    tokens = torch.full((len(prompts), width), settings.pad_token_id, dtype=torch.long)
-    mask = torch.zeros_like(tokens)
-    for row, ids in enumerate(prompts):
-        tokens[row, width - len(ids) :] = torch.from_numpy(ids.astype(np.int64))
-        mask[row, width - len(ids) :] = 1
-    tokens, mask = tokens.to(model.device), mask.to(model.device)
-    cache = _shared_prefill(model, prompts, tokens, mask)
-    known = {} if cache is None else {"past_key_values": cache}
-    output = model.model.generate(input_ids=tokens, attention_mask=mask, generation_config=settings, **known)
-    return list(output[:, width:].cpu().numpy().astype(np.int32))
-
-
-def _shared_prefill(model: LanguageModel, prompts: Sequence[Ids], tokens: Tensor, mask: Tensor) -> Any | None:
-    """Keys and values of all prompt tokens but the last, each distinct prompt computed once for all of its rows.
-
-    None where that saves nothing or the model keeps another kind of state.
-    """
-    numbers: dict[bytes, int] = {}
-    row_to_distinct = [numbers.setdefault(ids.tobytes(), len(numbers)) for ids in prompts]
-    if len(numbers) == len(prompts) or tokens.shape[1] < 2 or not model.sharing:
-        return None
-    first_rows = [row_to_distinct.index(number) for number in range(len(numbers))]
-    seen = mask[first_rows, :-1]
-    cache = DynamicCache(config=model.model.config)
-    model.model.base_model(
-        input_ids=tokens[first_rows, :-1],
-        attention_mask=seen,
-        position_ids=(seen.cumsum(dim=1) - 1).clamp(min=0),
-        past_key_values=cache,
-        use_cache=True,
-    )
-    cache.batch_select_indices(torch.tensor(row_to_distinct, device=tokens.device))
-    return cache
-
-
-def _until_end(tokens: Ids, ends: tuple[int, ...]) -> Ids:
-    found = np.flatnonzero(np.isin(tokens, ends))
-    return tokens[: found[0] + 1] if len(found) else tokens
-
-
-def _row(model: LanguageModel, prompt: Prompt, ids: Ids, response: Ids, ends: tuple[int, ...]) -> SampleRow:
+def row_of(prompt: Prompt, ids: Ids, response: Ids, tokenizer: Any, ends: Sequence[int]) -> SampleRow:
+    """The SampleRow of the tokens `response`, of which one of `ends` can only be the last."""
     finished = bool(len(response)) and int(response[-1]) in ends
     words = response[:-1] if finished else response
-    return SampleRow(prompt.given, ids, _continuation_text(model.tokenizer, ids, words), response, finished)
+    return SampleRow(prompt.given, ids, _continuation_text(tokenizer, ids, words), response, finished)
 
 
 def _continuation_text(tokenizer: Any, ids: Ids, words: Ids) -> str:
@@ -245,7 +188,3 @@ def _continuation_text(tokenizer: Any, ids: Ids, words: Ids) -> str:
     if whole.startswith(start):
         return whole[len(start) :]
     return str(tokenizer.decode(words.tolist(), skip_special_tokens=True))
-
-
-def _stream(seed: int, batch: int) -> int:
-    return int(np.random.SeedSequence([seed % 2**32, batch]).generate_state(1, np.uint64)[0] >> 1)
