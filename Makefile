@@ -1,11 +1,12 @@
 # make demo   installs what it needs, then: sample -> label -> train -> evaluate -> report, on a real 135 M model
 # make test   installs, then all tests, the slow ones too
 # make check  format, lint, types, import directions, unit tests
+# make gpu-check  on a CUDA machine with torch, transformers and numpy, without installing: correctness, then speed and memory
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check lint format install install-dev clean bench
+.PHONY: demo test check lint format install install-dev clean bench gpu-check
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +44,9 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/pairs.py
+
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
 
 clean:
 	rm -rf $(VENV) runs build dist .mypy_cache .pytest_cache .ruff_cache
