@@ -155,7 +155,7 @@ def test_trl_names_mean_what_they_mean_there(tmp_path: Path) -> None:
     train = config.train
     assert (train.output_dir, train.lr, train.epochs, train.groups_per_step) == ("out", 3e-6, 2.0, 15)
     assert (train.schedule, train.warmup_fraction, train.weight_decay, train.max_grad_norm) == ("cosine", 0.2, 0.01, 2.0)
-    assert (train.precision, train.activation_checkpointing, train.save_every_steps, train.keep_last) == ("bf16", True, 7, 3)
+    assert (train.precision, train.activation_checkpointing, train.save_every_steps, train.keep_last) == ("bf16", "full", 7, 3)
     assert (config.data.max_prompt_tokens, config.data.max_response_tokens, config.data.seed) == (64, 32, 9)
     smoothed = DPOConfig(loss_type="sigmoid", label_smoothing=0.1).resolved("m").loss.parts[0]
     assert (smoothed.name, smoothed.knobs["beta"], smoothed.knobs["label_smoothing"]) == ("dpo", 0.1, 0.1)

@@ -11,7 +11,7 @@ import math
 import shlex
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,21 @@ from prefopt.core.files import check_writable
 from prefopt.core.progress import progress, say
 from prefopt.core.run_folder import RunFolder, environment
 from prefopt.data.audit import audit
-from prefopt.data.encode import TokenSet, fit_budget, token_budget
+from prefopt.data.budget import fit_budget, token_budget
 from prefopt.data.groups import GroupSet
-from prefopt.data.mismatch import mismatched
+from prefopt.data.mismatch import Counterparts, with_mismatched
 from prefopt.data.pack import total_steps
 from prefopt.data.splits import load_splits
 from prefopt.data.suitable import suitable, unused_columns
 from prefopt.data.token_cache import cached_encoding
+from prefopt.data.tokens import JoinedRows, TokenGroup, TokenSet, feedbacks_of, lengths_of
 from prefopt.model.adapters import add_lora
 from prefopt.model.allocator import release_freed_memory
+from prefopt.model.compiled import compile_layers
 from prefopt.model.engine import LanguageModel
 from prefopt.model.load import as_language_model, load_model, load_reward_model, load_tokenizer, model_config, model_facts
-from prefopt.model.precision import pick_device
+from prefopt.model.paths import confirm
+from prefopt.model.precision import matmul_flops, pick_device
 from prefopt.model.reference import AdapterOffReference, LiveReference, NoReference, Reference, ReferenceCache, fill_cache
 from prefopt.objective.apply import Objective
 from prefopt.train.checkpoint import load_checkpoint
@@ -42,6 +45,7 @@ from prefopt.train.loop import Observer, Training
 from prefopt.train.moving_reference import MovingReference
 from prefopt.train.observers import EvaluateHeldOut, LogSteps, SaveCheckpoints, StopOnSignal
 from prefopt.train.plan import FIRST_TRIED, Machine, fitting_budget
+from prefopt.train.requirements import check_machine
 from prefopt.train.sinks import Sinks
 
 
@@ -106,15 +110,13 @@ def _usable(tokens: TokenSet, groups: GroupSet, config: RunConfig) -> TokenSet:
         reasons = Counter(str(row.reason) for row in refused).most_common()
         counted = ", ".join(f"{count} for {reason}" for reason, count in reasons)
         say(f"{groups.name}: {len(refused)} of {groups.rows} rows refused: {counted}")
-    for line in unused_columns([group.feedback for group in tokens.groups], config):
+    for line in unused_columns(feedbacks_of(tokens.groups), config):
         say(f"{groups.name}: {line}")
     if any(facts.needs_mismatched for facts in config.loss.facts):
         try:
-            others = mismatched(tokens.groups, seed=config.data.seed)
+            tokens = replace(tokens, groups=with_mismatched(tokens.groups, seed=config.data.seed))
         except DataError as error:
             raise DataError(f"{groups.name}: {error.what}", todo=error.todo) from None
-        pairs = zip(tokens.groups, others, strict=True)
-        tokens = replace(tokens, groups=tuple(replace(group, mismatched=other) for group, other in pairs))
     return tokens
 
 
@@ -132,6 +134,7 @@ def train_run(
     Objects in memory may stand in for what the config names. With `resume` the newest complete checkpoint of the run
     folder is continued. Raises PrefoptError where anything cannot be right, before the first update where possible.
     """
+    check_machine(config, model)
     if reference_model is not None:
         check_reference_given(config)
     run = RunFolder(Path(config.train.output_dir))
@@ -155,6 +158,7 @@ def train_run(
     training = start_training(config, policy, rows, reference_model=reference_model)
     if resume:
         load_checkpoint(training, run.complete_checkpoints()[-1])
+    training.matmul_flops = matmul_flops(policy.device, policy.dtype)
     _watch(config, run, training, rows, resume=resume)
     return run
 
@@ -187,8 +191,10 @@ def _claim(run: RunFolder, *, resume: bool) -> None:
 
 
 def _load_policy(config: RunConfig, source: dict[str, Any]) -> LanguageModel:
-    load = load_reward_model if config.loss.facts[0].trains_reward_model else load_model
-    return load(config.model.name, precision=config.train.precision, for_training=True, **source)
+    options: dict[str, Any] = {"precision": config.train.precision, "for_training": True, **source}
+    if config.loss.facts[0].trains_reward_model:
+        return load_reward_model(config.model.name, **options)
+    return load_model(config.model.name, quantize=config.model.quantize, **options)
 
 
 def start_training(
@@ -201,6 +207,9 @@ def start_training(
     initial = copy.deepcopy(policy.model) if own_reference and (kind == "live" or moving) else None
     if config.model.lora is not None:
         add_lora(policy, config.model.lora, seed=config.data.seed)
+    if config.train.compile:
+        compile_layers(policy)
+    confirm(policy, [min(rows.train.groups[:16], key=lambda group: group.unique_tokens)])
     training = Training(
         policy=policy,
         groups=rows.train.groups,
@@ -216,7 +225,15 @@ def start_training(
     def other() -> LanguageModel:
         if initial is not None:
             name, dtype, device = policy.name, policy.dtype, policy.device
-            return as_language_model(initial, policy.tokenizer, name=name, dtype=dtype, device=device, for_training=moving)
+            return as_language_model(
+                initial,
+                policy.tokenizer,
+                name=name,
+                dtype=dtype,
+                device=device,
+                for_training=moving,
+                quantized=policy.quantized,
+            )
         if own_reference:
             return policy
         if reference_model is not None:
@@ -244,9 +261,10 @@ def _reference(config: RunConfig, load: Callable[[], LanguageModel], rows: Prepa
             return MovingReference(model, micro_batch_tokens=budget, mix=1 - (settings.ema_decay or 0.99), every=1)
     root = Path(settings.cache_dir) if settings.cache_dir else None
     cache = ReferenceCache(model.identity, model.numerics, root=root)
-    groups = [*rows.train.groups, *rows.held_out.groups]
-    groups += [group.mismatched for group in groups if group.mismatched is not None]
-    fill_cache(cache, groups, lambda: model, micro_batch_tokens=budget)
+    parts: list[Sequence[TokenGroup]] = [rows.train.groups, rows.held_out.groups]
+    if any(facts.needs_mismatched for facts in config.loss.facts):
+        parts += [Counterparts(part) for part in parts]
+    fill_cache(cache, JoinedRows(parts), lambda: model, micro_batch_tokens=budget)
     return cache
 
 
@@ -287,10 +305,11 @@ def _start_facts(training: Training) -> dict[str, Any]:
     return {
         "total_steps": training.total_steps,
         "groups": len(training.groups),
-        "tokens": sum(group.unique_tokens for group in training.groups),
+        "tokens": int(lengths_of(training.groups).unique_G.sum()),
         "parameters": sum(master.numel() for master in training.optimizer.masters.values()),
         "reference": training.reference.identity,
         "precision": training.policy.numerics,
+        "matmul_flops_per_second": training.matmul_flops,
         "device": str(training.policy.device),
         "prompt_sharing": training.policy.sharing,
     }

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefopt.core.config import RunConfig
+from prefopt.data.tokens import lengths_of
 from prefopt.model.load import load_tokenizer, model_config, model_facts
 from prefopt.pipeline import Prepared, prepare_rows, steps_of
-from prefopt.train.plan import Change, Machine, MemoryPlan, changes_that_fit, fitting_budget, plan_memory, step_flops
+from prefopt.train.flops import training_flops
+from prefopt.train.plan import Change, Machine, MemoryPlan, changes_that_fit, fitting_budget, plan_memory
+from prefopt.train.requirements import check_machine
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ def plan_run(config: RunConfig, *, total: int | None = None) -> RunPlan:
 
     `total`: bytes that the program may hold; by default what is free here.
     """
+    check_machine(config)
     source: dict[str, Any] = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
     facts = model_facts(config.model.name, **source)
     rows = prepare_rows(config, load_tokenizer(config.model.name, **source), facts.context_tokens)
@@ -45,12 +49,14 @@ def plan_run(config: RunConfig, *, total: int | None = None) -> RunPlan:
     fits = memory.peak <= machine.room
     steps = steps_of(config, rows.train)
     passes = steps * config.train.groups_per_step / len(groups) if config.train.max_steps else config.train.epochs
+    adapter = memory.trained if config.model.lora is not None else 0
+    head = not config.loss.facts[0].trains_reward_model
     return RunPlan(
         rows=rows,
         machine=machine,
         memory=memory,
         steps=steps,
-        unique_tokens=sum(group.unique_tokens for group in groups),
-        flops=passes * step_flops(architecture, memory.weights, groups),
+        unique_tokens=int(lengths_of(groups).unique_G.sum()),
+        flops=passes * training_flops(architecture, memory.weights, groups, adapter=adapter, head=head),
         changes=() if fits else tuple(changes_that_fit(config, architecture, groups, machine)),
     )

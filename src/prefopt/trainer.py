@@ -187,7 +187,8 @@ class DPOTrainer:
 
     def _load(self, model: Any, config: RunConfig, *, for_training: bool) -> LanguageModel:
         if isinstance(model, str | Path):
-            loaded = load_model(str(model), precision=config.train.precision, for_training=for_training)
+            quantize = config.model.quantize if for_training else None
+            loaded = load_model(str(model), precision=config.train.precision, for_training=for_training, quantize=quantize)
             if self.processing_class is not None:
                 loaded.tokenizer = self.processing_class
             return loaded

@@ -127,6 +127,17 @@ REFUSED: list[tuple[list[str], str, str]] = [
         "moves the reference every 10 steps (reference.sync_every_steps), and the run has 10",
         "Set reference.sync_every_steps below 10, or use reference.kind=live.",
     ),
+    (["model.quantize=nf4"], "model.quantize=nf4 is set without model.lora", "Set model.lora, for example model.lora.r=16"),
+    (
+        ["train.optimizer=adamw_bf16", "train.precision=fp32"],
+        "train.optimizer=adamw_bf16 holds the weights in bf16, and train.precision is fp32",
+        "Set train.precision=bf16, or use train.optimizer=adamw_8bit",
+    ),
+    (
+        ["train.offload_activations=true", "train.activation_checkpointing=selective"],
+        "almost nothing would be offloaded",
+        "Use train.activation_checkpointing=full or none with it.",
+    ),
     (["reference.kind=tr-dpo", "train.max_steps=100"], f"every {SYNC_EVERY_STEPS} steps", "below 100"),
 ]
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from data.tiny_tokenizers import CHATML, CHATML_WITH_SYSTEM, FORGETFUL, LLAMA_2, byte_level, metaspace
 from prefopt.core.errors import ConfigError, DataError, ModelError
 from prefopt.data import token_cache
-from prefopt.data.encode import TokenGroup, TokenSet, encode_groups, end_of_turn_ids, fit_budget, prompt_ids
+from prefopt.data.budget import fit_budget
+from prefopt.data.encode import TokenGroup, TokenSet, encode_groups, end_of_turn_ids, prompt_ids
 from prefopt.data.groups import Feedback, Group, GroupSet, Turn
 from prefopt.data.refusals import Reason
 from prefopt.data.shapes import load_groups
@@ -325,17 +326,18 @@ class TestCache:
         rows, tokenizer = GroupSet(groups=ROWS), byte_level()
         first = cached_encoding(rows, tokenizer, root=tmp_path)
         assert len(first.groups) == 3 and len(first.bad) == 1 and first.special_text == ("rows.jsonl:2",)
-        monkeypatch.setattr(token_cache, "encode_groups", pytest.fail)
+        monkeypatch.setattr(token_cache, "Encoding", pytest.fail)
         again = cached_encoding(rows, tokenizer, root=tmp_path)
         assert same(first, again) and same(first, encode_groups(rows, tokenizer))
         changed = GroupSet(groups=tuple(replace(row, feedback=Feedback("pair", weight=0.5)) for row in ROWS))
         assert {group.feedback.weight for group in cached_encoding(changed, tokenizer, root=tmp_path).groups} == {0.5}
 
-    @pytest.mark.parametrize("body", [b"", b"PK\x03\x04", b"garbage"])
+    @pytest.mark.parametrize("body", [b"", b"\xff\xff\xff\xff", b"garbage"])
     def test_a_damaged_entry_is_made_again(self, tmp_path: Path, body: bytes) -> None:
         rows, tokenizer = GroupSet(groups=ROWS), byte_level()
-        first = cached_encoding(rows, tokenizer, root=tmp_path)
-        (path,) = tmp_path.glob("*.npz")
+        first = encode_groups(rows, tokenizer)
+        cached_encoding(rows, tokenizer, root=tmp_path)
+        (path,) = tmp_path.glob("*.arrow")
         whole = path.read_bytes()
         for damaged in (body, whole[:-60], whole[: len(whole) // 2] + b"x" * 40 + whole[len(whole) // 2 + 40 :]):
             path.write_bytes(damaged)

@@ -11,7 +11,8 @@ import pytest
 
 from data.tiny_tokenizers import CHATML, CHATML_WITH_SYSTEM, byte_level, metaspace
 from prefopt.data import token_cache
-from prefopt.data.encode import TokenGroup, TokenSet, encode_groups, end_of_turn_ids, fit_budget
+from prefopt.data.budget import fit_budget
+from prefopt.data.encode import TokenGroup, TokenSet, encode_groups, end_of_turn_ids
 from prefopt.data.groups import Feedback, Group, GroupSet, Turn
 from prefopt.data.refusals import Reason
 from prefopt.data.token_cache import cached_encoding, encoding_key
@@ -176,7 +177,7 @@ class TestCache:
 
         tokenizer = byte_level()
         made = {which: cached_encoding(self.ROWS, tokenizer, train_on=which, root=tmp_path) for which in ("all", "last")}
-        monkeypatch.setattr(token_cache, "encode_groups", pytest.fail)
+        monkeypatch.setattr(token_cache, "Encoding", pytest.fail)
         for which, first in made.items():
             again = cached_encoding(self.ROWS, tokenizer, train_on=which, root=tmp_path)
             assert plain(again) == plain(first)

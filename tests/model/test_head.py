@@ -104,3 +104,13 @@ def test_the_head_of_a_model_gives_its_logits(name: str) -> None:
         logps = model(input_ids=ids).logits[0].log_softmax(-1)
         target = torch.arange(12) * 5 % 61
         assert torch.allclose(head_of(model).logps(hidden, target), logps[torch.arange(12), target], atol=1e-5)
+
+
+def test_a_second_backward_gives_the_same_gradients() -> None:
+    """The first one uses the kept probabilities up."""
+    hidden, weight, bias = (value.requires_grad_() for value in tensors(bias=True))
+    target = torch.arange(len(hidden))
+    loss = Head(weight, bias).logps(hidden, target).square().sum()
+    first, second = (torch.autograd.grad(loss, (hidden, weight, bias), retain_graph=True) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

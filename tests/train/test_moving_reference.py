@@ -155,7 +155,7 @@ def config_of(folder: Path, name: str, case: dict[str, Any]) -> RunConfig:
 
 def history(run_folder: RunFolder) -> list[dict[str, Any]]:
     """All that was logged of each step but how long it took."""
-    timed = ("time", "tokens_per_second", "step_seconds")
+    timed = ("time", "tokens_per_second", "step_seconds", "mfu")
     steps = [event for event in run_folder.events() if event["kind"] == "step"]
     return [{key: value for key, value in event.items() if key not in timed} for event in steps]
 

@@ -33,7 +33,8 @@ def groups_of(config: RunConfig) -> tuple[TokenGroup, ...]:
 def plan(folder: Path, *, tokens: int = 200, dtype: torch.dtype = torch.float32, **sections: dict[str, Any]) -> MemoryPlan:
     config = tiny_config(folder, **sections)
     architecture = model_config(config.model.name)
-    return plan_memory(config, architecture, groups_of(config), machine(dtype=dtype), micro_batch_tokens=tokens)
+    rows = tiny_config(folder, data=sections.get("data", {}), loss=sections.get("loss", {}))  # whatever else is asked for
+    return plan_memory(config, architecture, groups_of(rows), machine(dtype=dtype), micro_batch_tokens=tokens)
 
 
 class TestLedger:
@@ -52,6 +53,12 @@ class TestLedger:
             assert inner == [2048] and ledger.peak == 2048
         assert float(second[0]) == 2
 
+    def test_what_is_elsewhere_does_not_count(self) -> None:
+        with Ledger(torch.device("meta")) as ledger:
+            kept = torch.zeros(256, device="meta")
+            away = torch.zeros(256)
+            assert (ledger.live, kept.nbytes, away.nbytes) == (1024, 1024, 1024)
+
     def test_without_data_nothing_is_allocated(self) -> None:
         with without_data() as ledger:
             huge = torch.zeros(1 << 38)
@@ -60,11 +67,11 @@ class TestLedger:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tokens", "recompute"), [(60, False), (400, False), (400, True)])
+@pytest.mark.parametrize(("tokens", "recompute"), [(60, "none"), (400, "none"), (400, "full"), (400, "selective")])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("lora", [None, {"r": 4}])
 def test_the_passes_of_a_plan_are_those_of_training(
-    tmp_path: Path, tokens: int, precision: str, recompute: bool, lora: dict[str, Any] | None
+    tmp_path: Path, tokens: int, precision: str, recompute: str, lora: dict[str, Any] | None
 ) -> None:
     """The same ledger over the real model: nothing that a pass allocates is missing from the plan."""
     train = {"precision": precision, "activation_checkpointing": recompute, "micro_batch_tokens": tokens}
@@ -80,6 +87,9 @@ def test_the_passes_of_a_plan_are_those_of_training(
     with Ledger() as ledger:
         for parameter in training.policy.model.parameters():
             ledger.enter(parameter)
+        for master in training.optimizer.masters.values():
+            ledger.enter(master)
+            ledger.enter(master.grad)  # type: ignore[arg-type]
         held = ledger.live
         forward_backward(training.policy, batch)
     assert planned.parts["passes over the largest micro-batch"] == pytest.approx(ledger.peak - held, rel=0.03, abs=4096)
@@ -99,6 +109,11 @@ def test_the_parts_add_up(tmp_path: Path) -> None:
         plan(tmp_path, dtype=torch.bfloat16, reference={"kind": "ema", "cache_dir": None}).parts["reference model"]
         == 4 * whole.weights
     )
+    codes = plan(tmp_path, train={"optimizer": "adamw_8bit"}).parts
+    assert codes["AdamW moments"] < whole.parts["AdamW moments"] and codes["weights, fp32"] == whole.parts["weights, fp32"]
+    without = plan(tmp_path, dtype=torch.bfloat16, train={"optimizer": "adamw_bf16", "precision": "bf16"}).parts
+    assert without["weights, bf16"] == without["gradients, bf16"] == without["AdamW moments"] // 2 == 2 * whole.weights
+    assert not {"weights, fp32", "weights, compute copy", "gradients, fp32"} & without.keys()
     adapter = plan(tmp_path, model={"lora": {"r": 4}})
     assert adapter.parts["AdamW moments"] == 8 * adapter.trained < 8 * whole.trained
     assert 0 < whole.reference_pass < sum(whole.parts.values())
@@ -107,8 +122,11 @@ def test_the_parts_add_up(tmp_path: Path) -> None:
 def test_a_larger_budget_takes_more_and_recomputing_less(tmp_path: Path) -> None:
     passes = [plan(tmp_path, tokens=tokens).parts["passes over the largest micro-batch"] for tokens in (60, 120, 240)]
     assert passes == sorted(set(passes))
-    less = plan(tmp_path, tokens=240, train={"activation_checkpointing": True}).parts["passes over the largest micro-batch"]
-    assert less < passes[-1]
+    some, most = (
+        plan(tmp_path, tokens=240, train={"activation_checkpointing": kind}).parts["passes over the largest micro-batch"]
+        for kind in ("selective", "full")
+    )
+    assert most < some < passes[-1]
 
 
 @pytest.mark.slow

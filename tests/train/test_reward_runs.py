@@ -37,7 +37,7 @@ def config_of(folder: Path, name: str, rows: list[Row], loss: str = "reward", **
 
 
 def history(run: RunFolder, kind: str) -> list[dict[str, Any]]:
-    timed = ("time", "tokens_per_second", "step_seconds")
+    timed = ("time", "tokens_per_second", "step_seconds", "mfu")
     events = [event for event in run.events() if event["kind"] == kind]
     return [{key: value for key, value in event.items() if key not in timed} for event in events]
 

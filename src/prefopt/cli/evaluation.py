@@ -190,11 +190,12 @@ def selfcheck(
     rows: Annotated[str | None, typer.Argument(metavar="[DATA]", help="Your rows; by default a small built-in set.")] = None,
     n: Annotated[int, typer.Option("-n", help="Rows to check on.")] = 4,
     precision: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",
+    quantize: Annotated[str | None, typer.Option(help="nf4 or int8: as model.quantize trains it.")] = None,
     template: TemplateOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Prove on your model and rows that the fast paths compute what plain transformers does."""
-    from prefopt.core.errors import DataError
+    from prefopt.core.errors import ConfigError, DataError
     from prefopt.core.progress import set_quiet
     from prefopt.data.encode import encode_groups
     from prefopt.data.shapes import load_groups
@@ -204,7 +205,9 @@ def selfcheck(
     if as_json:
         set_quiet(True)
     groups = load_groups(rows if rows is not None else _BUILT_IN_ROWS)
-    loaded = load_model(model, precision=precision)
+    if quantize not in (None, "nf4", "int8"):
+        raise ConfigError(f'--quantize: "{quantize}" is not a way to hold weights', todo="Give nf4 or int8.")
+    loaded = load_model(model, precision=precision, quantize=quantize)
     encoded = [group for group in encode_groups(groups, loaded.tokenizer, template=template).groups if _fits(group, loaded)][:n]
     if not encoded:
         raise DataError(f"{groups.name}: no row can be used", todo="See `prefopt check` for every reason.")

@@ -31,6 +31,7 @@ def check_combinations(config: RunConfig) -> None:
     if config.train.max_steps is not None:
         check_reference_moves(config, config.train.max_steps)
     _check_adapter(config)
+    _check_memory_options(config)
 
 
 def check_reference_moves(config: RunConfig, total_steps: int) -> None:
@@ -161,4 +162,24 @@ def _check_adapter(config: RunConfig) -> None:
         raise ConfigError(
             f'model.lora is set, and the loss "{config.loss.title}" trains a reward model, whose new head needs full training',
             todo="Remove model.lora.",
+        )
+
+
+def _check_memory_options(config: RunConfig) -> None:
+    train, quantize = config.train, config.model.quantize
+    if quantize is not None and config.model.lora is None:
+        raise ConfigError(
+            f"model.quantize={quantize} is set without model.lora: quantised weights are frozen, so nothing would train",
+            todo="Set model.lora, for example model.lora.r=16, or remove model.quantize.",
+        )
+    if train.optimizer == "adamw_bf16" and train.precision == "fp32":
+        raise ConfigError(
+            "train.optimizer=adamw_bf16 holds the weights in bf16, and train.precision is fp32",
+            todo="Set train.precision=bf16, or use train.optimizer=adamw_8bit, which keeps fp32 weights.",
+        )
+    if train.offload_activations and train.activation_checkpointing == "selective":
+        raise ConfigError(
+            "train.offload_activations is set, and train.activation_checkpointing=selective keeps its results where they cannot"
+            " be moved from: almost nothing would be offloaded",
+            todo="Use train.activation_checkpointing=full or none with it.",
         )

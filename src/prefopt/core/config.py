@@ -72,6 +72,12 @@ class ModelConfig(Section):
     lora: LoraConfig | None = Field(
         None, description="Train a low-rank adapter instead of all weights: a section, {} for its defaults; null: all weights."
     )
+    quantize: Literal["nf4", "int8"] | None = Field(
+        None,
+        description="With model.lora: hold the frozen linear layers (not the output head) in 4-bit NormalFloat with doubly quantised"
+        " scales (QLoRA, arXiv 2305.14314) or in 8 bits with a scale for each row; every product is computed with the weight"
+        " brought back to the compute dtype. Needs bitsandbytes: prefopt[memory].",
+    )
 
 
 class DataConfig(Section):
@@ -207,8 +213,27 @@ class TrainConfig(Section):
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="Compute dtype; masters are fp32. auto: bf16 where the hardware multiplies it natively, else fp32."
     )
-    activation_checkpointing: bool = Field(
-        False, description="Recompute activations in backward: less memory, about a third more time."
+    optimizer: Literal["adamw", "adamw_8bit", "adamw_bf16"] = Field(
+        "adamw",
+        description="adamw: fp32 masters, gradients and moments, 16 bytes a weight (18 with bf16 compute). adamw_8bit: moments in"
+        " 8 bits with a scale for each 256 (10 or 12 bytes; needs bitsandbytes: prefopt[memory]). adamw_bf16: no masters; weights,"
+        " gradients and moments in bf16, 8 bytes, updated in fp32 and rounded stochastically, so that none is lost on average;"
+        " needs bf16 compute.",
+    )
+    activation_checkpointing: Literal["none", "full", "selective"] = Field(
+        "none",
+        description="Recompute activations in backward. full (or true): whole layers, least memory, about a third more time;"
+        " selective: only what lies between matrix products and attention, whose results are kept; none (or false).",
+    )
+    compile: bool = Field(
+        False,
+        description="Decoder layers through torch.compile, for any number of tokens; the first step takes minutes longer on a CPU"
+        " (a C++ compiler is needed there). Used only while it agrees with the layers' own code on the first rows.",
+    )
+    offload_activations: bool = Field(
+        False,
+        description="On CUDA: keep what backward needs in the CPU's memory, copied while the GPU computes; the numbers are the"
+        " same. With activation_checkpointing=full only the inputs of layers travel.",
     )
     eval_every_steps: int | None = Field(
         None, ge=1, description="Held-out evaluation; by default four times, evenly, the last at the end."
@@ -220,6 +245,11 @@ class TrainConfig(Section):
     sinks: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
         (), description="Where metrics also go; they never break a run."
     )
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _true_is_full(cls, value: Any) -> Any:
+        return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
 
     @field_validator("micro_batch_tokens", mode="plain")
     @classmethod

@@ -16,6 +16,7 @@ from prefopt.core.statistics import wilson
 from prefopt.data.encode import TokenSet
 from prefopt.data.feedback_audit import feedback_lines, feedback_summary
 from prefopt.data.groups import BadRow, Group, GroupSet, Turn
+from prefopt.data.tokens import feedbacks_of, lengths_of
 
 EXAMPLES = 3
 HISTOGRAM_BINS = 24
@@ -129,9 +130,8 @@ def _whole_key(group: Group) -> str:
 
 def _pair_lengths(tokens: TokenSet, *, ties: bool) -> tuple[Lengths, Lengths]:
     """Tokens of chosen and of rejected, for every pair, with or without the tied ones."""
-    groups = (group for group in tokens.groups if group.feedback.kind == "pair" and (ties or not group.feedback.tie))
-    pairs = [[len(ids) for ids in group.response_ids] for group in groups]
-    table = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    wanted = [feedback.kind == "pair" and (ties or not feedback.tie) for feedback in feedbacks_of(tokens.groups)]
+    table = lengths_of(tokens.groups).of(np.flatnonzero(wanted)).response_S.reshape(-1, 2)
     return table[:, 0], table[:, 1]
 
 
@@ -139,15 +139,15 @@ def _token_lengths(tokens: TokenSet) -> dict[str, Any]:
     """Statistics of tokens: the prompt, and chosen and rejected of pairs (on common edges) or all responses."""
     if not tokens.groups:
         return {}
-    prompt = np.array([len(group.prompt_ids) for group in tokens.groups], dtype=np.int64)
-    others = [len(ids) for group in tokens.groups if group.feedback.kind != "pair" for ids in group.response_ids]
+    lengths = lengths_of(tokens.groups)
+    prompt = lengths.prompt_G
+    response = lengths.of(np.flatnonzero([feedback.kind != "pair" for feedback in feedbacks_of(tokens.groups)])).response_S
     chosen, rejected = _pair_lengths(tokens, ties=True)
     found = {"prompt": _statistics(prompt, _edges(prompt))}
     if len(chosen):
         edges = _edges(np.concatenate((chosen, rejected)))
         found |= {"chosen": _statistics(chosen, edges), "rejected": _statistics(rejected, edges)}
-    if others:
-        response = np.array(others, dtype=np.int64)
+    if len(response):
         found["response"] = _statistics(response, _edges(response))
     return found
 
@@ -173,15 +173,15 @@ def _statistics(lengths: Lengths, edges: Lengths) -> dict[str, Any]:
 
 def _truncation(tokens: TokenSet, budget: tuple[int, int], on_overlong: str) -> dict[str, Any]:
     max_prompt, max_response = budget
-    prompts = [len(group.prompt_ids) > max_prompt for group in tokens.groups]
-    responses = [sum(len(ids) > max_response for ids in group.response_ids) for group in tokens.groups]
+    lengths = lengths_of(tokens.groups)
+    prompts_over, responses_over = lengths.prompt_G > max_prompt, lengths.response_S > max_response
     return {
         "max_prompt_tokens": max_prompt,
         "max_response_tokens": max_response,
         "on_overlong": on_overlong,
-        "prompts_over": sum(prompts),
-        "responses_over": sum(responses),
-        "groups_over": sum(bool(prompt or response) for prompt, response in zip(prompts, responses, strict=True)),
+        "prompts_over": int(prompts_over.sum()),
+        "responses_over": int(responses_over.sum()),
+        "groups_over": int((prompts_over | (lengths.longest_G > max_response)).sum()),
     }
 
 

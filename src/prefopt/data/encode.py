@@ -6,114 +6,121 @@ what a model sees when it generates, and it makes the prompt the same token list
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from prefopt.core.config import DataConfig
-from prefopt.core.errors import ConfigError, DataError, ModelError
-from prefopt.data.groups import NO_PROMPT, BadRow, Feedback, Group, GroupSet, Turn
+from prefopt.core.errors import DataError, ModelError
+from prefopt.data.groups import NO_PROMPT, BadRow, Group, GroupSet, Turn
 from prefopt.data.refusals import Reason
 from prefopt.data.render import Piece, Renderer, UnusableTemplate, make_renderer
+from prefopt.data.tokens import Flags as Flags
+from prefopt.data.tokens import Ids as Ids
+from prefopt.data.tokens import TokenGroup as TokenGroup
+from prefopt.data.tokens import TokenSet as TokenSet
+from prefopt.data.words import WordEncoder, word_encoder
 
-Ids = NDArray[np.int32]
-Flags = NDArray[np.bool_]
 TrainOn = Literal["all", "last"]
 
-
-@dataclass(frozen=True, slots=True)
-class TokenGroup:
-    """A group as token ids: one prompt, K responses, and which response tokens carry loss (`scored`).
-
-    `finished[k]` says whether response k ends with the end-of-turn token (what was cut at a token limit does not).
-    """
-
-    prompt_ids: Ids
-    response_ids: tuple[Ids, ...]
-    scored: tuple[Flags, ...]
-    feedback: Feedback
-    source: str = ""
-    finished: tuple[bool, ...] = ()
-    mismatched: TokenGroup | None = None
-
-    @property
-    def unique_tokens(self) -> int:
-        """Tokens computed when the prompt is shared: prompt once, plus every response."""
-        return len(self.prompt_ids) + sum(len(ids) for ids in self.response_ids)
-
-
-@dataclass(frozen=True)
-class TokenSet:
-    """Token groups of one source, what was refused on the way, and which rows needed special care."""
-
-    groups: tuple[TokenGroup, ...]
-    bad: tuple[BadRow, ...] = ()
-    special_text: tuple[str, ...] = ()
-    truncated: tuple[str, ...] = ()
+_ROWS_TOGETHER = 512  # texts of so many rows are tokenised at once, and no more of them are held
+_NONE = np.zeros(0, dtype=np.int32)
+_TEXTS_FOR_WORDS = 64  # fewer are tokenised sooner than a memory of words is made
 
 
 def encode_groups(groups: GroupSet, tokenizer: Any, *, template: str = "auto", train_on: TrainOn = "all") -> TokenSet:
-    """Token ids of every group, at full length.
+    """Token ids of every group, at full length, in memory.
 
     `template`: auto, chat, plain, or the path of a .jinja file. `train_on`: whether all assistant turns of a response
     carry loss or its last one only. Raises ModelError where chat rows meet a model without a template. Rows that the
     template cannot render become BadRows.
     """
-    encoder = TextEncoder(tokenizer)
-    rendered: list[tuple[Group, Piece, list[list[Piece]]]] = []
-    bad: list[BadRow] = []
-    renderers: dict[str, Renderer] = {}
-    for group in groups.groups:
-        if group.form not in renderers:
-            renderers[group.form] = make_renderer(tokenizer, template=template, form=group.form)
-        renderer = renderers[group.form]
+    encoding = Encoding(tokenizer, template=template, train_on=train_on)
+    encoded = tuple(group for _, group in encoding.of(groups.groups))
+    return TokenSet(groups=encoded, bad=encoding.bad, special_text=tuple(encoding.special_text))
+
+
+class Encoding:
+    """Token ids of groups one after another, as in `encode_groups`; what is held meanwhile does not grow with the rows.
+
+    `bad` and `special_text` are those of the groups so far.
+    """
+
+    def __init__(self, tokenizer: Any, *, template: str = "auto", train_on: TrainOn = "all") -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.train_on = train_on
+        self.encoder = TextEncoder(tokenizer)
+        self.special_text: list[str] = []
+        self._renderers: dict[str, Renderer] = {}
+        self._unrendered: list[BadRow] = []
+        self._untokenised: list[BadRow] = []
+
+    @property
+    def bad(self) -> tuple[BadRow, ...]:
+        """What was refused: what the template cannot render, then what has no tokens."""
+        return (*self._unrendered, *self._untokenised)
+
+    def of(self, groups: Iterable[Group]) -> Iterator[tuple[int, TokenGroup]]:
+        """(place in `groups`, token ids) of every group that is not refused."""
+        numbered = enumerate(groups)
+        while chunk := list(islice(numbered, _ROWS_TOGETHER)):
+            rendered = [(place, group, pieces) for place, group in chunk if (pieces := self._rendered(group)) is not None]
+            texts = ((prompt, *chain.from_iterable(responses)) for _, _, (prompt, responses) in rendered)
+            self.encoder.learn(chain.from_iterable(texts))
+            for place, group, (prompt, responses) in rendered:
+                made = self._tokenised(group, prompt, responses)
+                if made is not None:
+                    yield place, made
+            self.encoder.known.clear()
+
+    def _rendered(self, group: Group) -> tuple[Piece, list[list[Piece]]] | None:
+        """Prompt and responses as text; None, and a BadRow, where that cannot be."""
+        if group.form not in self._renderers:
+            self._renderers[group.form] = make_renderer(self.tokenizer, template=self.template, form=group.form)
+        renderer = self._renderers[group.form]
         if group.prompt == NO_PROMPT and not renderer.is_plain:
             expected = "a prompt with text; the chat template has no place for none"
-            bad.append(BadRow(group.source, Reason.EMPTY_PROMPT, "prompt", '""', expected))
-            continue
+            self._unrendered.append(BadRow(group.source, Reason.EMPTY_PROMPT, "prompt", '""', expected))
+            return None
         try:
             prompt = renderer.prompt(group.prompt, group.tools)
             responses = [renderer.response(group.prompt, turns, group.tools) for turns in group.responses]
         except UnusableTemplate as error:
-            bad.append(BadRow(group.source, error.reason, "messages", error.found, error.expected))
-            continue
+            self._unrendered.append(BadRow(group.source, error.reason, "messages", error.found, error.expected))
+            return None
         for response, done in zip(responses, _finished(group), strict=True):
             if not done:
                 response[-1] = renderer.without_end(response[-1])
-        rendered.append((group, prompt, responses))
-    encoder.learn(piece for _, prompt, responses in rendered for piece in (prompt, *(p for r in responses for p in r)))
-    encoded = []
-    special = []
-    for group, prompt, responses in rendered:
-        prompt_ids = encoder.prompt(prompt)
+        return prompt, responses
+
+    def _tokenised(self, group: Group, prompt: Piece, responses: list[list[Piece]]) -> TokenGroup | None:
+        """Ids and loss flags of a group; None, and a BadRow, where it has no prompt or a response without loss."""
+        prompt_ids = self.encoder.prompt(prompt)
         if not len(prompt_ids):
-            bad.append(BadRow(group.source, "empty prompt", "prompt", "no tokens", "a prompt or a beginning-of-text token"))
-            continue
+            expected = "a prompt or a beginning-of-text token"
+            self._untokenised.append(BadRow(group.source, "empty prompt", "prompt", "no tokens", expected))
+            return None
         finished = _finished(group)
         built = [
-            _join(response, encoder, finished=done, train_on=train_on)
+            _join(response, self.encoder, finished=done, train_on=self.train_on)
             for response, done in zip(responses, finished, strict=True)
         ]
         if not all(flags.any() for _, flags in built):
-            expected = "an unfinished response with text"
-            bad.append(BadRow(group.source, Reason.EMPTY_RESPONSE, "responses", "no tokens of the assistant", expected))
-            continue
+            found, expected = "no tokens of the assistant", "an unfinished response with text"
+            self._untokenised.append(BadRow(group.source, Reason.EMPTY_RESPONSE, "responses", found, expected))
+            return None
         if prompt.has_literal or any(piece.has_literal for response in responses for piece in response):
-            special.append(group.source)
-        encoded.append(
-            TokenGroup(
-                prompt_ids=prompt_ids,
-                response_ids=tuple(ids for ids, _ in built),
-                scored=tuple(flags for _, flags in built),
-                feedback=group.feedback,
-                source=group.source,
-                finished=finished,
-            )
+            self.special_text.append(group.source)
+        return TokenGroup(
+            prompt_ids=prompt_ids,
+            response_ids=tuple(ids for ids, _ in built),
+            scored=tuple(flags for _, flags in built),
+            feedback=group.feedback,
+            source=group.source,
+            finished=finished,
         )
-    return TokenSet(groups=tuple(encoded), bad=tuple(bad), special_text=tuple(special))
 
 
 def _finished(group: Group) -> tuple[bool, ...]:
@@ -125,6 +132,8 @@ def _join(pieces: Sequence[Piece], encoder: TextEncoder, *, finished: bool, trai
 
     That token ends a response that is `finished`, and only that.
     """
+    if len(pieces) == 1 and pieces[0].scored and finished:
+        return _to_the_end(encoder.continuation(pieces[0]), pieces[0].end_of_turn)
     ids: list[Ids] = []
     flags: list[Flags] = []
     for number, piece in enumerate(pieces):
@@ -145,6 +154,13 @@ def _join(pieces: Sequence[Piece], encoder: TextEncoder, *, finished: bool, trai
     return np.concatenate(ids).astype(np.int32), np.concatenate(flags)
 
 
+def _to_the_end(ids: Ids, end_of_turn: int) -> tuple[Ids, Flags]:
+    """`_join` of what most responses are: one finished turn."""
+    ends = np.flatnonzero(ids == end_of_turn)
+    ids = ids[: ends[-1] + 1].copy() if len(ends) else np.append(ids, np.int32(end_of_turn))
+    return ids, np.ones(len(ids), dtype=np.bool_)
+
+
 class TextEncoder:
     """Tokenises pieces of text in batches. Special-token text that is marked literal is spelled out, not obeyed."""
 
@@ -154,45 +170,59 @@ class TextEncoder:
         self.prefix_ids = [
             token for token in with_special if token != tokenizer.eos_token_id or token == tokenizer.bos_token_id
         ]
-        self.known: dict[tuple[str, bool, bool], list[int]] = {}
+        self.known: dict[tuple[str, bool, bool], Ids] = {}
+        self._words: WordEncoder | None = None
+        self._words_sought = False
         newline, word, both = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("\n", "hello", "\nhello"))
         # SentencePiece puts a space before the first word of a text; a newline in front keeps it away from a continuation.
         self.anchor = newline if both != newline + word and both[: len(newline)] == newline else []
 
     def learn(self, pieces: Iterable[Piece]) -> None:
         """Tokenise every part of `pieces` that is not known yet, in one batch."""
-        wanted = {
+        wanted = dict.fromkeys(
             (text, literal, self._anchored(piece, index))
             for piece in pieces
             for index, (text, literal) in enumerate(piece.parts)
-        }
+        )
         for literal in (False, True):
-            keys = sorted(key for key in wanted - self.known.keys() if key[1] is literal)
+            keys = [key for key in wanted if key[1] is literal and key not in self.known]
             if keys:
-                texts = [("\n" if anchored else "") + text for text, _, anchored in keys]
-                encoded = self.tokenizer(
-                    texts, add_special_tokens=False, return_attention_mask=False, split_special_tokens=literal, verbose=False
-                )["input_ids"]
+                encoded = self._encode([("\n" if anchored else "") + text for text, _, anchored in keys], literal=literal)
                 for key, ids in zip(keys, encoded, strict=True):
                     self.known[key] = ids[len(self.anchor) :] if key[2] else ids
+
+    def _encode(self, texts: list[str], *, literal: bool) -> list[Ids]:
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None and not literal and not self._words_sought and len(texts) >= _TEXTS_FOR_WORDS:
+            self._words = word_encoder(backend, self._whole_texts)
+            self._words_sought = True
+        if self._words is not None and not literal:
+            return self._words.encode(texts)
+        return [np.array(ids, dtype=np.int32) for ids in self._whole_texts(texts, literal=literal)]
+
+    def _whole_texts(self, texts: list[str], *, literal: bool = False) -> list[list[int]]:
+        found: list[list[int]] = self.tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, split_special_tokens=literal, verbose=False
+        )["input_ids"]
+        return found
 
     def prompt(self, piece: Piece) -> Ids:
         """Ids of a prompt, with the beginning-of-text token where the tokenizer adds one and the text has none."""
         ids = self._ids(piece)
-        return np.array(self.prefix_ids + ids if piece.wants_prefix else ids, dtype=np.int32)
+        return np.concatenate((np.array(self.prefix_ids, dtype=np.int32), ids)) if piece.wants_prefix else ids
 
     def continuation(self, piece: Piece) -> Ids:
         """Ids of a piece of a response."""
-        return np.array(self._ids(piece), dtype=np.int32)
+        return self._ids(piece)
 
     def _anchored(self, piece: Piece, index: int) -> bool:
         return bool(self.anchor) and (piece.continues or index > 0)
 
-    def _ids(self, piece: Piece) -> list[int]:
+    def _ids(self, piece: Piece) -> Ids:
         keys = [(text, literal, self._anchored(piece, index)) for index, (text, literal) in enumerate(piece.parts)]
-        if any(key not in self.known for key in keys):
+        if not all(key in self.known for key in keys):
             self.learn([piece])
-        return [token for key in keys for token in self.known[key]]
+        return self.known[keys[0]].copy() if len(keys) == 1 else np.concatenate((_NONE, *(self.known[key] for key in keys)))
 
 
 def prompt_ids(prompt: tuple[Turn, ...], tokenizer: Any, *, template: str = "auto", form: str = "text", tools: str = "") -> Ids:
@@ -210,72 +240,3 @@ def end_of_turn_ids(tokenizer: Any, *, template: str = "auto") -> tuple[int, ...
         raise ModelError("The tokenizer has no end-of-sequence token", todo="Set tokenizer.eos_token and save the tokenizer.")
     ids = (make_renderer(tokenizer, template=template, form="text").end_of_turn, int(tokenizer.eos_token_id))
     return tuple(dict.fromkeys(ids))
-
-
-def token_budget(data: DataConfig, context_tokens: int) -> tuple[int, int]:
-    """(prompt, response) budgets in tokens; ConfigError where together they exceed the model's context."""
-    half = context_tokens // 2
-    prompt = data.max_prompt_tokens or min(1024, half)
-    response = data.max_response_tokens or min(1024, context_tokens - min(prompt, half))
-    if prompt + response > context_tokens:
-        raise ConfigError(
-            f"data.max_prompt_tokens={prompt} and data.max_response_tokens={response} exceed the model's context of"
-            f" {context_tokens} tokens",
-            todo=f"Lower them so that their sum is at most {context_tokens}.",
-        )
-    return prompt, response
-
-
-def fit_budget(tokens: TokenSet, budget: tuple[int, int], *, on_overlong: str) -> TokenSet:
-    """Apply the (prompt, response) `budget` in tokens: `drop` refuses a row over a budget, `truncate` cuts it, `error` raises DataError.
-
-    A cut prompt keeps its end, a cut response its start (and then has no end-of-turn token, because it did not end).
-    A pair whose responses become identical, and a response left without scored tokens, are refused.
-    """
-    max_prompt_tokens, max_response_tokens = budget
-    kept: list[TokenGroup] = []
-    bad = list(tokens.bad)
-    truncated: list[str] = []
-    for group in tokens.groups:
-        longest = max(len(ids) for ids in group.response_ids)
-        over_prompt = len(group.prompt_ids) > max_prompt_tokens
-        if not over_prompt and longest <= max_response_tokens:
-            kept.append(group)
-            continue
-        field, found, limit = (
-            ("prompt", len(group.prompt_ids), max_prompt_tokens) if over_prompt else ("response", longest, max_response_tokens)
-        )
-        row = BadRow(group.source, f"{field} over the token budget", field, f"{found} tokens", f"at most {limit}")
-        if on_overlong == "error":
-            raise DataError(str(row), todo=f"Raise data.max_{field}_tokens, or set data.on_overlong=drop or truncate.")
-        if on_overlong == "drop":
-            bad.append(row)
-            continue
-        cut = _truncate(group, max_prompt_tokens, max_response_tokens)
-        reason = _unusable(cut)
-        if reason:
-            bad.append(BadRow(group.source, reason, "responses", f"{found} tokens", f"a difference within {limit} tokens"))
-        else:
-            kept.append(cut)
-            truncated.append(group.source)
-    return replace(tokens, groups=tuple(kept), bad=tuple(bad), truncated=tuple(truncated))
-
-
-def _truncate(group: TokenGroup, max_prompt_tokens: int, max_response_tokens: int) -> TokenGroup:
-    return replace(
-        group,
-        prompt_ids=group.prompt_ids[-max_prompt_tokens:],
-        response_ids=tuple(ids[:max_response_tokens] for ids in group.response_ids),
-        scored=tuple(flags[:max_response_tokens] for flags in group.scored),
-        finished=tuple(
-            done and len(ids) <= max_response_tokens for done, ids in zip(group.finished, group.response_ids, strict=True)
-        ),
-    )
-
-
-def _unusable(group: TokenGroup) -> str:
-    if any(not flags.any() for flags in group.scored):
-        return "no scored token after truncation"
-    if group.feedback.kind == "pair" and np.array_equal(group.response_ids[0], group.response_ids[1]):
-        return "identical after truncation"
-    return ""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
 from typing import Any
 
-from prefopt.data.encode import TokenGroup, TokenSet
+import numpy as np
+
+from prefopt.data.groups import Feedback
 from prefopt.data.projections import has_tied_scores
+from prefopt.data.tokens import Counts, TokenSet, feedbacks_of, lengths_of, prompt_digests, unfinished_responses
 
 
 def feedback_summary(tokens: TokenSet) -> dict[str, Any]:
@@ -16,39 +18,40 @@ def feedback_summary(tokens: TokenSet) -> dict[str, Any]:
     `ties`, `labels` and `tied_scores` are None where no row is of their kind. Prompts are the same where their token ids
     are; `share` is that of tied pairs, of desirable rows, of rows with two equal scores.
     """
-    groups = tokens.groups
-    of_prompts: Counter[bytes] = Counter()
-    for group in groups:
-        of_prompts[group.prompt_ids.tobytes()] += len(group.response_ids)
+    feedbacks, responses = feedbacks_of(tokens.groups), lengths_of(tokens.groups).responses_G
+    _, number_G = np.unique(np.array(prompt_digests(tokens.groups), dtype="S16"), return_inverse=True)
+    of_prompts = np.bincount(number_G, responses).astype(np.int64) if len(responses) else responses
     return {
-        "kinds": dict(Counter(group.feedback.kind for group in groups)),
+        "kinds": dict(Counter(feedback.kind for feedback in feedbacks)),
         "prompts": len(of_prompts),
-        "responses_per_group": _spread([len(group.response_ids) for group in groups]),
-        "responses_per_prompt": _spread(of_prompts.values()),
-        "unfinished": sum(not done for group in groups for done in group.finished),
-        "ties": _ties([group for group in groups if group.feedback.kind == "pair"]),
-        "labels": _labels([group for group in groups if group.feedback.kind == "label"]),
-        "tied_scores": _tied_scores([group for group in groups if group.feedback.kind == "scores"]),
+        "responses_per_group": _spread(responses),
+        "responses_per_prompt": _spread(of_prompts),
+        "unfinished": unfinished_responses(tokens.groups),
+        "ties": _ties([feedback for feedback in feedbacks if feedback.kind == "pair"]),
+        "labels": _labels([feedback for feedback in feedbacks if feedback.kind == "label"]),
+        "tied_scores": _tied_scores([feedback for feedback in feedbacks if feedback.kind == "scores"]),
     }
 
 
-def _spread(counts: Collection[int]) -> dict[str, Any] | None:
-    return {"min": min(counts), "mean": sum(counts) / len(counts), "max": max(counts)} if counts else None
+def _spread(counts: Counts) -> dict[str, Any] | None:
+    if not len(counts):
+        return None
+    return {"min": int(counts.min()), "mean": int(counts.sum()) / len(counts), "max": int(counts.max())}
 
 
-def _ties(pairs: list[TokenGroup]) -> dict[str, Any] | None:
-    tied = sum(group.feedback.tie for group in pairs)
+def _ties(pairs: list[Feedback]) -> dict[str, Any] | None:
+    tied = sum(feedback.tie for feedback in pairs)
     return {"pairs": len(pairs), "tied": tied, "share": tied / len(pairs)} if pairs else None
 
 
-def _labels(rows: list[TokenGroup]) -> dict[str, Any] | None:
-    good = sum(bool(group.feedback.label) for group in rows)
+def _labels(rows: list[Feedback]) -> dict[str, Any] | None:
+    good = sum(bool(feedback.label) for feedback in rows)
     return {"desirable": good, "undesirable": len(rows) - good, "share": good / len(rows)} if rows else None
 
 
-def _tied_scores(rows: list[TokenGroup]) -> dict[str, Any] | None:
-    tied = sum(has_tied_scores(group.feedback) for group in rows)
-    level = sum(len(set(group.feedback.scores)) == 1 for group in rows)
+def _tied_scores(rows: list[Feedback]) -> dict[str, Any] | None:
+    tied = sum(has_tied_scores(feedback) for feedback in rows)
+    level = sum(len(set(feedback.scores)) == 1 for feedback in rows)
     return {"rows": len(rows), "tied": tied, "all_equal": level, "share": tied / len(rows)} if rows else None
 
 

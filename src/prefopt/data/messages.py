@@ -21,7 +21,7 @@ MESSAGE_KEYS = ("role", "content", "from", "value", "tool_calls")
 
 def is_listed(value: Any) -> bool:
     """Whether `value` is a sequence of values, as JSON's arrays are."""
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    return isinstance(value, (list, tuple)) or (isinstance(value, Sequence) and not isinstance(value, (str, bytes)))
 
 
 def listed(value: Any, field: str) -> Sequence[Any]:
@@ -46,7 +46,7 @@ def to_turns(value: Any, field: str) -> tuple[Turn, ...]:
 
 def to_turn(message: Any, field: str) -> Turn:
     """The turn of one message: `role` and `content`, or `from` and `value`."""
-    if not isinstance(message, Mapping):
+    if not isinstance(message, (dict, Mapping)):  # the check of dict alone is many times as fast
         raise Refusal(Reason.WRONG_TYPE, field, message, 'a message: {"role": ..., "content": ...}')
     role_key, content_key = ("from", "value") if message.get("role") is None and "from" in message else ("role", "content")
     name = message.get(role_key)

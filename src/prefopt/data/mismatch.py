@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prefopt.core.errors import DataError
-from prefopt.data.encode import TokenGroup
+from prefopt.data.groups import Feedback
+from prefopt.data.tokens import Counts, Ids, Lengths, TokenGroup, TokenRows, prompt_digests
 
 _STREAM = 2**31 + 1  # apart from the epochs' orders and the held-out draw of the same seed
 
@@ -24,12 +26,65 @@ def mismatched(groups: Sequence[TokenGroup], *, seed: int) -> list[TokenGroup]:
     """
     if not groups:
         return []
-    givers = _givers([group.prompt_ids.tobytes() for group in groups], seed)
-    pairs = zip(groups, (groups[giver] for giver in givers), strict=True)
-    return [
-        replace(own, prompt_ids=other.prompt_ids, source=f"{own.source} under the prompt of {other.source}")
-        for own, other in pairs
-    ]
+    givers = _givers(prompt_digests(groups), seed)
+    return [_under(own, groups[giver]) for own, giver in zip(groups, givers.tolist(), strict=True)]
+
+
+def with_mismatched(groups: Sequence[TokenGroup], *, seed: int) -> Sequence[TokenGroup]:
+    """`groups`, each with its `mismatched` one."""
+    if isinstance(groups, TokenRows):
+        return MismatchedRows(groups, _givers(prompt_digests(groups), seed)) if len(groups) else groups
+    return tuple(replace(own, mismatched=other) for own, other in zip(groups, mismatched(groups, seed=seed), strict=True))
+
+
+def _under(own: TokenGroup, other: TokenGroup) -> TokenGroup:
+    return replace(own, prompt_ids=other.prompt_ids, source=f"{own.source} under the prompt of {other.source}")
+
+
+class MismatchedRows(TokenRows):
+    """`rows`, each with its responses under the prompt of the row at `givers[place]` as its `mismatched` group."""
+
+    def __init__(self, rows: TokenRows, givers: Counts) -> None:
+        self.rows = rows
+        self.givers = givers
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def group(self, place: int) -> TokenGroup:
+        own = self.rows.group(place)
+        return replace(own, mismatched=_under(own, self.rows.group(int(self.givers[place]))))
+
+    def prompt(self, place: int) -> Ids:
+        return self.rows.prompt(place)
+
+    def lengths(self) -> Lengths:
+        return self.rows.lengths()
+
+    @property
+    def feedbacks(self) -> Sequence[Feedback]:
+        return self.rows.feedbacks
+
+
+class Counterparts(Sequence[TokenGroup]):
+    """The `mismatched` groups of `groups`, of which each has one."""
+
+    def __init__(self, groups: Sequence[TokenGroup]) -> None:
+        self.groups = groups
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    @overload
+    def __getitem__(self, place: int) -> TokenGroup: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[TokenGroup]: ...
+    def __getitem__(self, place: int | slice) -> TokenGroup | Sequence[TokenGroup]:
+        if isinstance(place, slice):
+            return Counterparts(self.groups[place])
+        other = self.groups[place].mismatched
+        assert other is not None
+        return other
 
 
 def _givers(prompts: Sequence[bytes], seed: int) -> NDArray[np.int64]:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from prefopt.core.errors import ConfigError, ModelError
 from prefopt.data.groups import Turn
+from prefopt.data.skeleton import Skeletons, only_copies
 
 # Private-use characters that stand for special-token text while the template runs.
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"
@@ -77,9 +78,15 @@ class SpecialText:
             reverse=True,
         )
         self.pattern = re.compile("|".join(re.escape(token) for token in self.tokens)) if self.tokens else None
+        self.beginnings = {token[0] for token in self.tokens}
 
     def mark(self, content: str) -> str:
-        if self.pattern is None or not self.pattern.search(content):
+        if self.pattern is None:
+            return content
+        for letter in self.beginnings:
+            if letter in content:
+                break
+        else:
             return content
         return self.pattern.sub(lambda found: f"{_OPEN}{self.tokens.index(found.group())}{_CLOSE}", content)
 
@@ -104,29 +111,38 @@ class ChatRenderer:
     def __init__(self, tokenizer: Any, template: str) -> None:
         self.tokenizer = tokenizer
         self.template = template
+        self.skeletons = Skeletons() if only_copies(template) else None
         self.special = SpecialText(tokenizer)
+        self._opened: tuple[tuple[Sequence[Turn], str], str] | None = None
         self.closing = self._find_closing()
         self.end_of_turn = self._find_end_of_turn()
 
     def prompt(self, turns: Sequence[Turn], tools: str) -> Piece:
-        text = self._render(turns, tools, generate=True)
-        return Piece(self.special.split(text), self.end_of_turn, continues=False)
+        return Piece(self.special.split(self._opening(turns, tools)), self.end_of_turn, continues=False)
 
     def response(self, prompt: Sequence[Turn], turns: Sequence[Turn], tools: str) -> list[Piece]:
         _check_end(turns, self.end_of_turn)
         whole = self._render((*prompt, *turns), tools)
         pieces: list[Piece] = []
-        position = len(self._prefix(prompt, tools, whole, generate=True))
+        opening = _beginning(self._opening(prompt, tools), whole)
+        position = len(opening)
         for index, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
-            start = len(self._prefix((*prompt, *turns[:index]), tools, whole, generate=True))
-            end = len(self._prefix((*prompt, *turns[: index + 1]), tools, whole))
+            before, after = (*prompt, *turns[:index]), (*prompt, *turns[: index + 1])
+            start = len(_beginning(self._render(before, tools, generate=True), whole) if index else opening)
+            end = len(_beginning(self._render(after, tools), whole) if index < len(turns) - 1 else whole)
             if start > position:
                 pieces.append(Piece(self.special.split(whole[position:start]), self.end_of_turn))
             pieces.append(Piece(self.special.split(whole[start:end]), self.end_of_turn, scored=True))
             position = end
         return pieces
+
+    def _opening(self, prompt: Sequence[Turn], tools: str) -> str:
+        """The prompt with what opens the assistant's turn. It is the same for all responses of a group."""
+        if self._opened is None or self._opened[0] != (prompt, tools):
+            self._opened = ((prompt, tools), self._render(prompt, tools, generate=True))
+        return self._opened[1]
 
     def without_end(self, piece: Piece) -> Piece:
         """Without the end-of-turn token, and without what this template writes around it."""
@@ -140,20 +156,19 @@ class ChatRenderer:
             text = text.removesuffix(self.closing)
         return replace(piece, parts=(*before, (text, False)) if text else tuple(before))
 
-    def _prefix(self, turns: Sequence[Turn], tools: str, whole: str, *, generate: bool = False) -> str:
-        text = self._render(turns, tools, generate=generate)
-        if not whole.startswith(text):
-            raise UnusableTemplate(
-                "template does not extend the prompt",
-                repr(text[-60:]),
-                "a chat template that only appends when turns are added",
-            )
-        return text
-
     def _render(self, turns: Sequence[Turn], tools: str, *, generate: bool = False) -> str:
+        mark = self.special.mark
+        contents = [mark(turn.content) for turn in turns]
+        if self.skeletons is None or any(turn.tool_calls for turn in turns):
+            return self._rendered(turns, contents, tools, generate)
+        return self.skeletons.filled(
+            turns, contents, (tools, generate), lambda holes: self._rendered(turns, holes, tools, generate)
+        )
+
+    def _rendered(self, turns: Sequence[Turn], contents: Sequence[str], tools: str, generate: bool) -> str:
         from jinja2 import TemplateError
 
-        messages = [self._message(turn) for turn in turns]
+        messages = [self._message(turn, content) for turn, content in zip(turns, contents, strict=True)]
         try:
             text = self.tokenizer.apply_chat_template(
                 messages,
@@ -166,8 +181,8 @@ class ChatRenderer:
             raise UnusableTemplate("template refuses the turns", f"{error}", "turns that the chat template accepts") from error
         return str(text)
 
-    def _message(self, turn: Turn) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": turn.role, "content": self.special.mark(turn.content)}
+    def _message(self, turn: Turn, content: str) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": turn.role, "content": content}
         if turn.tool_calls:
             message["tool_calls"] = json.loads(turn.tool_calls)
         return message
@@ -190,6 +205,17 @@ class ChatRenderer:
         special = {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         special |= set(self.tokenizer.all_special_ids)
         return next((int(token) for token in tail if token in special), _end_of_sequence(self.tokenizer))
+
+
+def _beginning(text: str, whole: str) -> str:
+    """`text`, which `whole` has to begin with."""
+    if not whole.startswith(text):
+        raise UnusableTemplate(
+            "template does not extend the prompt",
+            repr(text[-60:]),
+            "a chat template that only appends when turns are added",
+        )
+    return text
 
 
 class PlainRenderer:

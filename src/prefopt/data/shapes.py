@@ -113,7 +113,7 @@ def _message_keys(values: Iterable[Any]) -> set[str]:
     return {
         str(key)
         for message in messages
-        if isinstance(message, Mapping) and ("role" in message or "from" in message)
+        if isinstance(message, (dict, Mapping)) and ("role" in message or "from" in message)
         for key, value in message.items()
         if value is not None and key not in MESSAGE_KEYS
     }

@@ -11,7 +11,8 @@ from prefopt.core.config import DataConfig, RunConfig
 from prefopt.core.errors import ConfigError
 from prefopt.core.resolve import resolve_config
 from prefopt.core.run_folder import RunFolder
-from prefopt.data.encode import TokenGroup, encode_groups, fit_budget, token_budget
+from prefopt.data.budget import fit_budget, token_budget
+from prefopt.data.encode import TokenGroup, encode_groups
 from prefopt.data.shapes import load_groups
 from prefopt.data.splits import load_held_out
 from prefopt.evaluate.implicit import ImplicitReward

@@ -75,7 +75,8 @@ def merge_adapter(model: Any, folder: Path) -> Any:
         raise ModelError(
             f"{folder}: its adapter has no {WEIGHTS_FILE}", todo="Save it with safetensors; pickled weights are not read."
         )
-    _check_base(model, folder)
+    if quantization_of(folder)[0] is None:
+        check_base(model, folder)
     import peft
 
     try:
@@ -95,11 +96,25 @@ def merge_adapter(model: Any, folder: Path) -> Any:
         ) from error
 
 
-def _check_base(model: Any, folder: Path) -> None:
-    """A checkpoint of ours knows the content of its base: another one would give other numbers without an error."""
+def _trained(folder: Path) -> dict[str, Any] | None:
+    """What a checkpoint of ours says about its adapter (`lora_identity`); None for an adapter from elsewhere."""
     places = (folder / "training.json", folder.parent / "training.json")
-    trained = next((read_json(place).get("lora") for place in places if place.is_file()), None)
-    if trained is not None and trained["base"] != weights_identity(model):
+    return next((read_json(place).get("lora") for place in places if place.is_file()), None)
+
+
+def quantization_of(folder: Path) -> tuple[str | None, str | None]:
+    """How the base was quantised that the adapter in `folder` was trained on, and on what kind of device; None where it was not."""
+    kind, _, device = str((_trained(folder) or {}).get("quantize") or "").partition("-")
+    return kind or None, device or None
+
+
+def check_base(model: Any, folder: Path) -> None:
+    """ModelError where the adapter in `folder` was trained on other weights than the transformers model `model` holds.
+
+    A checkpoint of ours knows the content of its base: another one would give other numbers without an error.
+    """
+    trained = _trained(folder)
+    if trained is not None and trained["base"].partition("-")[0] != weights_identity(model):
         raise ModelError(
             f"{folder}: its adapter was trained on other weights than {model.name_or_path} holds now",
             todo="Restore these weights, or set base_model_name_or_path in adapter_config.json to where they are.",

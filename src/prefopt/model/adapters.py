@@ -23,6 +23,7 @@ from prefopt.core.errors import ConfigError, ModelError, nearest
 from prefopt.core.files import digest
 from prefopt.core.progress import say
 from prefopt.model.engine import LanguageModel
+from prefopt.model.quantized import packed_names, plain_weight, quantized_layers
 
 _NAME = "default"  # peft's name of the only adapter
 _LINEAR = (torch.nn.Linear, Conv1D)  # Conv1D is GPT-2's linear layer, with W of shape (in, out)
@@ -72,6 +73,8 @@ def add_lora(model: LanguageModel, config: LoraConfig, *, seed: int = 0) -> None
     trained = sum(parameter.numel() for parameter in model.model.parameters() if parameter.requires_grad)
     ends = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in targets))
     say(f"{model.name}: LoRA of rank {config.r} on {len(targets)} layers ({ends}), {trained / 1e6:.2f} M weights train")
+    if config.save == "merged" and model.quantized:
+        say(f"{model.name}: merged checkpoints hold its base brought back from {model.quantized} to fp32")
     if config.save == "adapter" and not base:
         say(f"{model.name}: was made in memory; checkpoints of this run hold an adapter without the name of its base")
 
@@ -165,8 +168,9 @@ def _unrounded(model: LanguageModel) -> dict[str, Tensor]:
     """fp32 copies, on the CPU, of the weights that the compute dtype rounds: none where the base was saved in that dtype."""
     copies: dict[int, Tensor] = {}
     kept = {}
+    packed = packed_names(model.model)
     for name, value in model.model.state_dict(keep_vars=True).items():
-        if value.is_floating_point() and not torch.equal(value.to(model.dtype).to(value.dtype), value):
+        if name not in packed and value.is_floating_point() and not torch.equal(value.to(model.dtype).to(value.dtype), value):
             kept[name] = copies.setdefault(id(value), value.detach().to("cpu", torch.float32, copy=True))
     return kept
 
@@ -204,7 +208,8 @@ def lora_identity(model: LanguageModel) -> dict[str, Any]:
     """What must be the same for an adapter to be the same one, as plain values: options, layers and base weights."""
     adapter = adapter_of(model)
     options = {"r": adapter.config.r, "alpha": adapter.config.alpha, "dropout": adapter.config.dropout}
-    return {**options, "targets": sorted(adapter.targets), "base": model.identity}
+    quantize = {"quantize": f"{model.quantized}-{model.device.type}"} if model.quantized else {}
+    return {**options, "targets": sorted(adapter.targets), "base": model.identity, **quantize}
 
 
 def merged_state(model: LanguageModel, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -215,9 +220,10 @@ def merged_state(model: LanguageModel, masters: Mapping[str, Tensor]) -> dict[st
     adapter = adapter_of(model)
     copies: dict[int, Tensor] = {}
     state: dict[str, Tensor] = {}
+    packed = packed_names(model.model)
     for name, value in model.model.state_dict(keep_vars=True).items():
         layer, is_base, rest = name.partition(".base_layer.")
-        if name.partition(".lora_")[0] in adapter.targets:
+        if name in packed or name.partition(".lora_")[0] in adapter.targets:
             continue
         plain = f"{layer}.{rest}" if is_base and layer in adapter.targets else name
         if plain in adapter.unrounded:
@@ -225,10 +231,13 @@ def merged_state(model: LanguageModel, masters: Mapping[str, Tensor]) -> dict[st
         else:
             dtype = torch.float32 if value.is_floating_point() else value.dtype
             state[plain] = copies.setdefault(id(value), value.detach().to("cpu", dtype))
+    for name, quantized in quantized_layers(model.model).items():
+        state[f"{name.removesuffix('.base_layer')}.weight"] = plain_weight(quantized)
     for layer in adapter.targets:
         a_weight, b_weight = (masters[f"{layer}.lora_{part}.{_NAME}.weight"].detach().to("cpu", torch.float32) for part in "AB")
         change = b_weight @ a_weight
-        transposed = isinstance(model.model.get_submodule(f"{layer}.base_layer"), Conv1D)
+        base = model.model.get_submodule(f"{layer}.base_layer")
+        transposed = Conv1D in (type(base), getattr(base, "source_cls", None))  # as quantised, W is (out, in) for both kinds
         state[f"{layer}.weight"] = state[f"{layer}.weight"] + (change.T if transposed else change) * adapter.scale
     return state
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from prefopt.data.encode import TokenGroup
 from prefopt.model.layout import GroupSpan, Layout
+from prefopt.model.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ def packed_batch(groups: Sequence[TokenGroup], device: torch.device) -> Batch:
         predictor_N=_tensor(predictors, device),
         target_N=_tensor(targets, device),
         response_N=_tensor(owners, device),
-        last_S=torch.tensor(lasts, device=device),
+        last_S=to_device(np.array(lasts), device),
         responses_per_group=tuple(len(group.response_ids) for group in groups),
         layout=Layout(tuple(spans)),
     )
@@ -98,19 +99,19 @@ def padded_batch(groups: Sequence[TokenGroup], device: torch.device, *, pad_id: 
         targets.append(tokens[scored])
         owners.append(np.full(int(scored.sum()), number))
     return Batch(
-        token_ids=torch.as_tensor(ids, dtype=torch.long, device=device),
+        token_ids=to_device(ids.astype(np.int64), device),
         position_ids=torch.arange(columns, device=device).expand(len(rows), columns),
         predictor_N=_tensor(predictors, device),
         target_N=_tensor(targets, device),
         response_N=_tensor(owners, device),
-        last_S=torch.tensor(lasts, device=device),
+        last_S=to_device(np.array(lasts), device),
         responses_per_group=tuple(len(group.response_ids) for group in groups),
         layout=None,
     )
 
 
 def _tensor(parts: Sequence[np.ndarray], device: torch.device) -> Tensor:
-    return torch.as_tensor(np.concatenate(parts).astype(np.int64), device=device)
+    return to_device(np.concatenate(parts).astype(np.int64), device)
 
 
 def sum_per_response(values_N: Tensor, batch: Batch) -> Tensor:

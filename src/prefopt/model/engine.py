@@ -5,7 +5,7 @@ Everything above this file (losses, reference cache, evaluation) is built on `to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,8 +24,10 @@ from prefopt.data.groups import Feedback
 from prefopt.data.pack import micro_batches
 from prefopt.model import attention
 from prefopt.model.batch import Batch, packed_batch, padded_batch
+from prefopt.model.fused import FusedModules, fuse
 from prefopt.model.head import Head, head_of
-from prefopt.model.layout import active_layout, use_layout
+from prefopt.model.layout import in_force, wanted_backend
+from prefopt.model.recompute import recompute_contexts
 
 if TYPE_CHECKING:
     from prefopt.model.adapters import Adapter
@@ -35,6 +37,8 @@ NUMERICS_VERSION = 1
 
 # Largest difference of a token's log-prob (nats) between two ways of computing it that is still rounding.
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.5}
+# The same for gradients, relative to the largest of them.
+GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,15 @@ class LanguageModel:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, name: str, dtype: torch.dtype, device: torch.device, identity: str = ""
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        name: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        identity: str = "",
+        quantized: str | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -66,7 +78,11 @@ class LanguageModel:
         self.dtype = dtype
         self.device = device
         self.identity = identity or weights_identity(model)
+        self.quantized = quantized  # nf4 or int8, of its linear layers
         self.adapter: Adapter | None = None  # set by prefopt.model.adapters.add_lora
+        self.saving: Callable[[], AbstractContextManager[None]] = nullcontext  # around what a forward saves for backward
+        self.fused: FusedModules = fuse(model)
+        self.attention_backend: str | None = None  # None: the first that can serve
         attention.register()
         if not isinstance(model.config._attn_implementation, str) or model.config._attn_implementation != attention.NAME:
             model.set_attn_implementation(attention.NAME)
@@ -113,7 +129,8 @@ class LanguageModel:
         batch = padded_batch([probe], self.device)
         with self._without_dropout():
             ours = self.token_logps(batch)
-            logits = self.model(input_ids=batch.token_ids, use_cache=False).logits.float()
+            with self.fused.plain():
+                logits = self.model(input_ids=batch.token_ids, use_cache=False).logits.float()
         plain = torch.log_softmax(logits.flatten(0, 1)[batch.predictor_N], dim=-1).gather(1, batch.target_N[:, None])[:, 0]
         worst = float((ours - plain).abs().max())
         if not worst <= TOLERANCE[self.dtype]:
@@ -143,7 +160,8 @@ class LanguageModel:
             followed = attention.calls_in_layout - before
             if followed < int(getattr(self.model.config.get_text_config(), "num_hidden_layers", 1)):
                 return None
-            plain = self.compared(padded_batch(groups, self.device))
+            with self.fused.plain():
+                plain = self.compared(padded_batch(groups, self.device))
         return float((packed - plain).abs().max())
 
     def computed_tokens(self, group: TokenGroup) -> int:
@@ -160,8 +178,7 @@ class LanguageModel:
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Last hidden states, one row a position of the flattened batch, shape (rows * columns, D)."""
-        scope = use_layout(batch.layout) if batch.layout is not None else nullcontext()
-        with scope:
+        with in_force(batch.layout, wanted_backend() or self.attention_backend), self.saving():
             hidden: Tensor = self.model.base_model(
                 input_ids=batch.token_ids, position_ids=batch.position_ids, use_cache=False, return_dict=True
             ).last_hidden_state
@@ -234,9 +251,9 @@ class LanguageModel:
         self.model.train(was_training)
         return results
 
-    def enable_activation_checkpointing(self) -> None:
-        """Recompute each layer in backward; the recomputation sees the layout of its own forward."""
-        options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), use_layout(active_layout()))}
+    def enable_activation_checkpointing(self, *, selective: bool = False) -> None:
+        """Recompute each layer in backward; with `selective` only what lies between its matrix products and attention."""
+        options = {"use_reentrant": False, "context_fn": recompute_contexts(selective=selective)}
         if hasattr(self.model, "activation_checkpointing_enable"):  # transformers >= 5.20 renamed it
             self.model.activation_checkpointing_enable(options)
         else:
@@ -269,7 +286,7 @@ def probe_group(vocabulary: int, context: int) -> TokenGroup:
 def cast_parameters(model: Any, dtype: torch.dtype) -> None:
     """Cast the parameters in place. Buffers stay: rotary frequencies in bf16 would move every position."""
     for parameter in model.parameters():
-        if parameter.dtype != dtype:
+        if parameter.dtype != dtype and parameter.is_floating_point():  # a quantised weight is of integers
             parameter.data = parameter.data.to(dtype)
 
 

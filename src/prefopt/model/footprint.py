@@ -25,10 +25,14 @@ from prefopt.model.head import head_of
 
 
 class Ledger(TorchDispatchMode):
-    """Bytes of the storages that live while it is active: `live` now, `peak` at most. A storage counts once."""
+    """Bytes of the storages that live while it is active: `live` now, `peak` at most. A storage counts once.
 
-    def __init__(self) -> None:
+    `device`: where they have to be to count; None for anywhere.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.device = device
         self.live = self.peak = 0
         self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
@@ -43,6 +47,8 @@ class Ledger(TorchDispatchMode):
 
     def enter(self, tensor: Tensor) -> None:
         """Count the storage of `tensor` until it is freed."""
+        if self.device is not None and tensor.device.type != self.device.type:
+            return
         storage = tensor.untyped_storage()
         if storage not in self._known:
             size = storage.nbytes()
@@ -65,9 +71,9 @@ class Ledger(TorchDispatchMode):
 
 
 @contextmanager
-def without_data() -> Iterator[Ledger]:
-    """Everything made within is a tensor without data, and is counted."""
-    with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger:
+def without_data(device: torch.device | None = None) -> Iterator[Ledger]:
+    """Everything made within is a tensor without data, and is counted, with `device` what is made there."""
+    with FakeTensorMode(allow_non_fake_inputs=True), Ledger(device) as ledger:
         yield ledger
 
 

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from prefopt.core.errors import ModelError
+from prefopt.model.tables import sum_of
 
 _CHUNK_LOGITS = 2**25  # logits held at once: 128 MiB in fp32
+_SLICE_NUMBERS = 2**24  # numbers of the head's gradient made at once in bf16: 32 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ class Head:
         """Gradient in the logits -> gradient in h W^T + b. `gradient` is used up; `logits` matter under a soft cap only."""
         if self.softcap is not None and logits is not None:
             gradient *= 1 - (logits / self.softcap) ** 2
-        return gradient if self.scale == 1.0 else gradient * self.scale
+        return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
 
 
 def head_of(model: Any) -> Head:
@@ -116,21 +118,22 @@ class _ChunkedLogProb(torch.autograd.Function):
             out_N[chunk] = logits.gather(1, target_N[chunk, None])[:, 0] - total
             if keep and len(chunks) == 1:
                 kept = logits.sub_(total[:, None]).exp_()
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, kept)
-        ctx.scale, ctx.softcap = scale, softcap
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N)
+        ctx.scale, ctx.softcap, ctx.kept = scale, softcap, kept
         return out_N
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         grad_N: Tensor = grads[0]
-        hidden_ND, weight_VD, bias_V, target_N, kept = ctx.saved_tensors
+        hidden_ND, weight_VD, bias_V, target_N = ctx.saved_tensors
         head = Head(weight_VD, bias_V, ctx.scale, ctx.softcap)
+        softcap = ctx.softcap is not None
+        kept, ctx.kept = ctx.kept, None  # used up in place; a second backward computes it again
 
         def gradient_of(chunk: slice) -> Tensor:
             """grad * (onehot - softmax)"""
             logits = head._logits(hidden_ND[chunk]) if kept is None else None
-            probabilities = kept if logits is None else torch.softmax(logits, dim=1)
-            gradient = probabilities * -grad_N[chunk, None]
+            gradient = (kept if logits is None else _probabilities(logits, keep_logits=softcap)).mul_(-grad_N[chunk, None])
             gradient.scatter_add_(1, target_N[chunk, None], grad_N[chunk, None])
             return head._before_cap(gradient, logits)
 
@@ -171,6 +174,23 @@ class _ChunkedKL(torch.autograd.Function):
         return *_gradients(ctx, head, hidden_ND, gradient_of), *(None,) * 7
 
 
+def _probabilities(logits: Tensor, *, keep_logits: bool) -> Tensor:
+    """Softmax over the vocabulary, in place of the logits unless they are needed again."""
+    if keep_logits:
+        return torch.softmax(logits, dim=1)
+    return logits.sub_(logits.logsumexp(dim=1, keepdim=True)).exp_()
+
+
+def _add_product(total_VD: Tensor, gradient_NV: Tensor, hidden_ND: Tensor) -> None:
+    """total += gradient^T hidden, in place; in bf16 slice by slice of the vocabulary, for a product of V x D is not small."""
+    if gradient_NV.dtype == total_VD.dtype:
+        total_VD.addmm_(gradient_NV.T, hidden_ND)
+        return
+    rows = max(1, _SLICE_NUMBERS // total_VD.shape[1])
+    for start in range(0, len(total_VD), rows):
+        total_VD[start : start + rows] += gradient_NV[:, start : start + rows].T @ hidden_ND
+
+
 def _gradients(
     ctx: Any, head: Head, hidden_ND: Tensor, gradient_of: Callable[[slice], Tensor]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -178,7 +198,10 @@ def _gradients(
     weight_VD, device = head.weight, hidden_ND.device
     needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
-    grad_weight = torch.zeros(weight_VD.shape, dtype=torch.float32, device=device) if needs_weight else None
+    total = sum_of(weight_VD) if needs_weight else None
+    grad_weight = total
+    if needs_weight and total is None:
+        grad_weight = torch.zeros(weight_VD.shape, dtype=torch.float32, device=device)
     grad_bias = torch.zeros(len(weight_VD), dtype=torch.float32, device=device) if needs_bias else None
     for chunk in head._chunks(len(hidden_ND)):
         hidden = hidden_ND[chunk]
@@ -189,10 +212,8 @@ def _gradients(
         if grad_hidden is not None:
             grad_hidden[chunk] = compute @ weight_VD
         if grad_weight is not None:
-            if compute.dtype == torch.float32:
-                grad_weight.addmm_(compute.T, hidden)
-            else:
-                grad_weight += compute.T @ hidden
-    weight_out = grad_weight.to(weight_VD.dtype) if grad_weight is not None else None
+            _add_product(grad_weight, compute, hidden)
+        del gradient, compute  # before the next chunk makes its own
+    weight_out = grad_weight.to(weight_VD.dtype) if grad_weight is not None and total is None else None
     bias_out = grad_bias.to(weight_VD.dtype) if grad_bias is not None else None
     return grad_hidden, weight_out, bias_out

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,14 +17,16 @@ import transformers
 
 from prefopt.core.errors import ModelError, PrefoptError
 from prefopt.core.progress import say
-from prefopt.model.adapter_files import base_of, is_adapter, merge_adapter
+from prefopt.model.adapter_files import base_of, check_base, is_adapter, merge_adapter, quantization_of
 from prefopt.model.allocator import keep_freed_memory
 from prefopt.model.demo_model import DEMO_MODELS, demo_model
 from prefopt.model.engine import LanguageModel, cast_parameters, weights_identity
 from prefopt.model.gguf import converted_gguf
 from prefopt.model.padding import set_padding
 from prefopt.model.precision import compute_dtype, pick_device
+from prefopt.model.quantized import compute_by_dequantizing, dequantized_model, loading_options, quantized_layers
 from prefopt.model.reward_model import HEAD_NAMES, RewardModel
+from prefopt.model.unloadable import first_line, refuse_missing, unloadable
 
 M = TypeVar("M", bound=LanguageModel)
 
@@ -36,10 +38,12 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     for_training: bool = False,
+    quantize: str | None = None,
 ) -> LanguageModel:
     """The LanguageModel called `name`: a folder (also of an adapter or a run), a Hub id, a .gguf file, or a demo model.
 
-    Weights are read as fp32; for inference they are then cast to the compute dtype, with `for_training` they stay.
+    Weights are read as fp32; for inference they are then cast to the compute dtype, with `for_training` they stay. With
+    `quantize` (nf4 or int8) its linear layers are quantised as they are read (see `prefopt.model.quantized`).
     Raises ModelError where it cannot be loaded, has non-finite weights, or is no causal language model.
     """
     source = model_folder(name)
@@ -47,9 +51,39 @@ def load_model(
     dtype, why = compute_dtype(precision, device)
     _quiet_transformers()
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
-    model = _transformers_model(name, source, revision=revision, trust_remote_code=trust_remote_code)
+    origin: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if quantize is not None:
+        return _quantized(name, source, tokenizer, quantize, dtype, device, for_training, origin)
+    model = _transformers_model(name, source, **origin)
     say(f"{name}: {model.num_parameters() / 1e6:.1f} M parameters, {device.type}; {why}")
     return as_language_model(model, tokenizer, name=name, dtype=dtype, device=device, for_training=for_training)
+
+
+def _quantized(
+    name: str,
+    source: str,
+    tokenizer: Any,
+    kind: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    for_training: bool,
+    origin: Mapping[str, Any],
+) -> LanguageModel:
+    if is_adapter(source):
+        raise ModelError(
+            f'model.quantize={kind}: "{name}" is an adapter, which would have to be merged into weights before they are quantised',
+            todo="Save it with model.lora.save=merged first, or train it without model.quantize.",
+        )
+    model = _transformers_model(name, source, **origin, **loading_options(kind, dtype, device))
+    compute_by_dequantizing(model, kind)
+    layers = quantized_layers(model)
+    if not layers:
+        raise ModelError(f'model.quantize={kind}: "{name}" has no linear layers to quantise', todo="Remove model.quantize.")
+    held = model.get_memory_footprint() / 2**30
+    say(
+        f"{name}: {model.num_parameters() / 1e6:.1f} M parameters, {held:.2f} GiB with {len(layers)} layers in {kind}, {device.type}"
+    )
+    return _in_memory(LanguageModel, model, tokenizer, name, dtype, device, for_training, quantized=kind)
 
 
 def load_reward_model(
@@ -80,7 +114,7 @@ def load_reward_model(
         model, missing = _classifier(name, source, tokenizer, **origin)
     trained = is_reward_model(model.config)
     new = {key for key in missing if key.split(".")[0] in HEAD_NAMES and not trained}
-    _refuse_missing(name, missing - new, "a reward model" if trained else "a causal language model")
+    refuse_missing(name, missing - new, "a reward model" if trained else "a causal language model")
     if new and require_trained:
         raise ModelError(
             f'"{name}" is a language model, not a reward model: it has no weights for {min(new)}',
@@ -99,12 +133,16 @@ def is_reward_model(config: Any) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
-def _transformers_model(name: str, source: str, *, revision: str | None, trust_remote_code: bool) -> Any:
-    """The transformers model at `source` in fp32, an adapter merged into its base; `name` is what errors call it."""
+def _transformers_model(name: str, source: str, *, revision: str | None, trust_remote_code: bool, **options: Any) -> Any:
+    """The transformers model at `source` in fp32, an adapter merged into its base; `name` is what errors call it.
+
+    `options` go to transformers' from_pretrained.
+    """
     if is_adapter(source):
         base, base_revision = base_of(Path(source))
+        origin: dict[str, Any] = {"revision": base_revision, "trust_remote_code": trust_remote_code}
         try:
-            model = _transformers_model(base, model_folder(base), revision=base_revision, trust_remote_code=trust_remote_code)
+            model = _base_model(base, Path(source), origin)
         except ModelError as error:
             raise ModelError(f'{source}: the base of its adapter, "{base}": {error.what}', todo=error.todo) from error
         model = merge_adapter(model, Path(source))
@@ -125,14 +163,35 @@ def _transformers_model(name: str, source: str, *, revision: str | None, trust_r
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **options,
         )
     except PrefoptError:
         raise
     except Exception as error:  # transformers raises many kinds for one cause: this is no model
-        raise _unloadable(name, error) from error
+        raise unloadable(name, error) from error
     model, found = loaded
-    _refuse_missing(name, found["missing_keys"], "a causal language model")
+    refuse_missing(name, found["missing_keys"], "a causal language model")
     return model
+
+
+def _base_model(base: str, adapter: Path, origin: Mapping[str, Any]) -> Any:
+    """The plain fp32 model `base` of the adapter in the folder `adapter`: with quantised weights where it was trained on such.
+
+    An adapter makes up for what quantisation took from its base, so it belongs to the weights as they were computed with.
+    """
+    kind, device_type = quantization_of(adapter)
+    if kind is None:
+        return _transformers_model(base, model_folder(base), **origin)
+    device = pick_device()
+    options = loading_options(kind, torch.float32, device)
+    model = _transformers_model(base, model_folder(base), **origin, **options)
+    compute_by_dequantizing(model, kind)
+    if device_type == device.type:
+        check_base(model, adapter)
+    else:
+        say(f"{adapter}: its base was quantised on {device_type}, and is here on {device.type}, where scales round differently")
+    say(f"{base}: brought back from {kind}, the weights that its adapter was trained on")
+    return dequantized_model(model)
 
 
 def _classifier(name: str, source: str, tokenizer: Any, *, revision: str | None, trust_remote_code: bool) -> Any:
@@ -152,7 +211,7 @@ def _classifier(name: str, source: str, tokenizer: Any, *, revision: str | None,
     except PrefoptError:
         raise
     except Exception as error:  # as in _transformers_model
-        raise _unloadable(name, error) from error
+        raise unloadable(name, error) from error
     model, found = loaded
     return model, set(found["missing_keys"])
 
@@ -186,14 +245,29 @@ def _prepare_classifier(name: str, config: Any, tokenizer: Any) -> None:
 
 
 def as_language_model(
-    model: Any, tokenizer: Any, *, name: str, dtype: torch.dtype, device: torch.device, for_training: bool
+    model: Any,
+    tokenizer: Any,
+    *,
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    for_training: bool,
+    quantized: str | None = None,
 ) -> LanguageModel:
-    """A LanguageModel around a transformers model that is already in memory."""
-    return _in_memory(LanguageModel, model, tokenizer, name, dtype, device, for_training)
+    """A LanguageModel around a transformers model that is already in memory; `quantized`: how `load_model` quantised it."""
+    return _in_memory(LanguageModel, model, tokenizer, name, dtype, device, for_training, quantized=quantized)
 
 
 def _in_memory(
-    kind: type[M], model: Any, tokenizer: Any, name: str, dtype: torch.dtype, device: torch.device, for_training: bool
+    kind: type[M],
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    for_training: bool,
+    *,
+    quantized: str | None = None,
 ) -> M:
     if hasattr(model, "peft_config"):
         raise ModelError(
@@ -202,22 +276,18 @@ def _in_memory(
         )
     if device.type == "cpu":
         keep_freed_memory()
-    identity = weights_identity(model)
-    model = model.to(device=device)
+    if quantized is None and getattr(model, "is_quantized", False):
+        raise ModelError(
+            f"{name}: its weights are quantised already",
+            todo="Give unquantised weights; model.quantize, with model.lora, quantises them as they are read.",
+        )
+    identity = weights_identity(model) + (f"-{quantized}" if quantized else "")
+    if quantized is None:
+        model = model.to(device=device)
     if not for_training:
         cast_parameters(model, dtype)
     model.eval()
-    return kind(model, tokenizer, name=name, dtype=dtype, device=device, identity=identity)
-
-
-def _refuse_missing(name: str, missing: Iterable[str], wanted: str) -> None:
-    """ModelError where weights are missing: transformers would train what it filled with random numbers."""
-    names = sorted(missing)
-    if names:
-        raise ModelError(
-            f'model.name: "{name}" has no weights for {", ".join(names[:3])} ({len(names)} in all)',
-            todo=f"Give a complete checkpoint of {wanted}.",
-        )
+    return kind(model, tokenizer, name=name, dtype=dtype, device=device, identity=identity, quantized=quantized)
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -231,7 +301,7 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
         return transformers.AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # as above
         raise ModelError(
-            f'model.name: the tokenizer of "{name}" cannot be loaded ({_first_line(error)})',
+            f'model.name: the tokenizer of "{name}" cannot be loaded ({first_line(error)})',
             todo="The folder needs tokenizer.json or the files of its tokenizer class.",
         ) from error
 
@@ -258,7 +328,7 @@ def model_config(name: str, *, revision: str | None = None, trust_remote_code: b
     try:
         return transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # as in load_model
-        raise _unloadable(name, error) from error
+        raise unloadable(name, error) from error
 
 
 def model_facts(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelFacts:
@@ -268,7 +338,7 @@ def model_facts(name: str, *, revision: str | None = None, trust_remote_code: bo
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # as in load_model
-        raise _unloadable(name, error) from error
+        raise unloadable(name, error) from error
     text = config.get_text_config()
     context = getattr(text, "max_position_embeddings", None) or 2**20
     return ModelFacts(
@@ -317,27 +387,6 @@ def _json_or_empty(path: Path) -> dict[str, Any]:
     except ValueError:
         return {"model_type": None}
     return value if isinstance(value, dict) else {}
-
-
-def _unloadable(name: str, error: Exception) -> ModelError:
-    line = _first_line(error)
-    if "safetensors" in line and "no file named" in line:
-        return ModelError(
-            f'model.name: "{name}" has no safetensors weights ({line})',
-            todo="Save the model with safetensors; pickled weights are not read.",
-        )
-    if "trust_remote_code" in str(error):
-        return ModelError(
-            f'model.name: "{name}" brings its own code', todo="Read that code, then set model.trust_remote_code=true."
-        )
-    return ModelError(
-        f'model.name: "{name}" cannot be loaded ({line})',
-        todo="Give a folder with config.json and *.safetensors of a causal language model, a Hub id that can be reached, or a .gguf file.",
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _quiet_transformers() -> None:

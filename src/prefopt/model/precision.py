@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cache
 
 import torch
 
@@ -39,8 +40,11 @@ def compute_dtype(precision: str, device: torch.device) -> tuple[torch.dtype, st
     return torch.bfloat16, f"precision: bf16 compute ({why})"
 
 
-def matmul_flops(device: torch.device, dtype: torch.dtype, *, size: int = 1024, seconds: float = 0.3) -> float:
-    """Floating-point operations a second of a square matrix product, the best of those that fit into `seconds`."""
+@cache
+def matmul_flops(device: torch.device, dtype: torch.dtype, *, size: int | None = None, seconds: float = 0.3) -> float:
+    """Floating-point operations a second of a square matrix product, the best of those that fit into `seconds`; measured
+    once. `size`: rows and columns, by default enough to keep the device busy."""
+    size = size or (1024 if device.type == "cpu" else 8192)
     first, second = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     first @ second
     best, until = float("inf"), time.monotonic() + seconds

@@ -6,9 +6,10 @@ loss flags, and on nothing else: learning rate, beta, order, micro-batches and o
 
 from __future__ import annotations
 
-import zipfile
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -16,16 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefopt.core import progress
-from prefopt.core.errors import StorageError, TrainingError
-from prefopt.core.files import cache_root, check_writable, digest, storage_errors, whole_file
+from prefopt.core.errors import TrainingError
+from prefopt.core.files import cache_root, check_writable, digest, digest_of, storage_errors
 from prefopt.core.progress import say
 from prefopt.data.encode import TokenGroup
 from prefopt.model.adapters import adapters_off
 from prefopt.model.engine import LanguageModel
+from prefopt.model.logp_store import LogpStore
 
 Logps = tuple[NDArray[np.float32], ...]  # one array of token log-probs per response
 
 _GROUPS_PER_PART = 256  # a pass that is killed loses at most this many groups
+_GROUPS_LOOKED_UP = 4096  # at once, to see which have an entry
 
 
 class Reference(Protocol):
@@ -67,44 +70,44 @@ def response_keys(group: TokenGroup) -> list[bytes]:
     ]
 
 
+def groups_digest(groups: Sequence[TokenGroup]) -> str:
+    """Digest of the token ids and loss flags of all groups, in order."""
+    return digest_of(key for group in groups for key in response_keys(group))
+
+
 class ReferenceCache:
-    """The entries of one reference under one numerics, in `folder`: parts that are appended whole and never changed."""
+    """The entries of one reference under one numerics, in `folder`: parts that are appended whole and never changed.
+
+    Log-probs stay on disk until a step asks for its own; 32 bytes for each response say where they are.
+    """
 
     def __init__(self, identity: str, numerics: str, *, root: Path | None = None) -> None:
         self.identity = f"{identity}-{numerics}"
         self.folder = (root or cache_root() / "reference") / self.identity
-        self.entries: dict[bytes, NDArray[np.float32]] = {}
+        self.store = LogpStore(self.folder)
         self.model: LanguageModel | None = None
-        if self.folder.is_dir():
-            for part in sorted(self.folder.glob("part-*.npz")):
-                self._read(part)
 
-    def _read(self, part: Path) -> None:
-        try:
-            with open(part, "rb") as file, np.load(file) as stored:
-                keys, lengths, values = stored["keys"], stored["lengths"], stored["values"]
-        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise StorageError(
-                f"{part}: this part of the reference cache is damaged ({error})", todo="Delete the file; it is computed again."
-            ) from error
-        if len(values) != lengths.sum() or not np.isfinite(values).all():
-            raise StorageError(
-                f"{part}: this part of the reference cache is inconsistent", todo="Delete the file; it is computed again."
-            )
-        pieces = np.split(values, np.cumsum(lengths)[:-1])
-        self.entries.update({key.tobytes(): piece for key, piece in zip(keys, pieces, strict=True)})
+    def missing_places(self, groups: Sequence[TokenGroup]) -> list[int]:
+        """Places of the groups of which some response has no entry, each group once. One group is looked at after another."""
+        places: list[int] = []
+        names: list[bytes] = []
+        for start in range(0, len(groups), _GROUPS_LOOKED_UP):
+            numbers = range(start, min(start + _GROUPS_LOOKED_UP, len(groups)))
+            keys = [response_keys(groups[number]) for number in numbers]
+            has = iter(self.store.has([key for of_group in keys for key in of_group]).tolist())
+            for number, of_group in zip(numbers, keys, strict=True):
+                if not all(list(islice(has, len(of_group)))):
+                    places.append(number)
+                    names.append(hashlib.blake2b(b"".join(of_group), digest_size=16).digest())
+        _, first = np.unique(np.array(names, dtype="S16"), return_index=True)
+        return [places[number] for number in np.sort(first).tolist()]
 
     def missing(self, groups: Sequence[TokenGroup]) -> list[TokenGroup]:
         """Groups of which some response has no entry, each once."""
-        absent: dict[tuple[bytes, ...], TokenGroup] = {}
-        for group in groups:
-            keys = response_keys(group)
-            if any(key not in self.entries for key in keys):
-                absent.setdefault(tuple(keys), group)
-        return list(absent.values())
+        return [groups[place] for place in self.missing_places(groups)]
 
     def add(self, groups: Sequence[TokenGroup], logps: Sequence[Logps]) -> None:
-        """Keep the log-probs of `groups` in memory and as one new part on disk."""
+        """Keep the log-probs of `groups` as one new part on disk."""
         new: dict[bytes, NDArray[np.float32]] = {}
         for group, values in zip(groups, logps, strict=True):
             for key, value in zip(response_keys(group), values, strict=True):
@@ -114,24 +117,20 @@ class ReferenceCache:
                         todo="Use a reference whose weights are sound, or remove the row.",
                     )
                 new[key] = value
-        keys = np.frombuffer(b"".join(new), dtype=np.uint8).reshape(-1, 16)
-        values_flat = np.concatenate(list(new.values()))
-        lengths = np.array([len(value) for value in new.values()], dtype=np.int64)
-        name = f"part-{digest(keys.tobytes())}.npz"
-        with whole_file(self.folder / name) as partial, open(partial, "wb") as file:
-            np.savez(file, keys=keys, lengths=lengths, values=values_flat)
-        self.entries.update(new)
+        self.store.add(new)
 
     def of(self, groups: Sequence[TokenGroup]) -> list[Logps]:
-        """Entries of `groups`; TrainingError names the rows that have none."""
-        holes = self.missing(groups)
-        if holes:
+        """Entries of `groups`, read from disk; TrainingError names the rows that have none."""
+        keys = [response_keys(group) for group in groups]
+        if not self.store.has([key for of_group in keys for key in of_group]).all():
+            holes = self.missing(groups)
             rows = ", ".join(group.source for group in holes[:5])
             raise TrainingError(
                 f"The reference cache has no entry for {len(holes)} rows, among them {rows}",
                 todo=f"Delete {self.folder} and run again.",
             )
-        return [tuple(self.entries[key] for key in response_keys(group)) for group in groups]
+        entries = self.store.read(key for of_group in keys for key in of_group)
+        return [tuple(entries[key] for key in of_group) for of_group in keys]
 
     def scope(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -174,7 +173,7 @@ def fill_cache(
     `load` gives the reference model and is called only when something is missing. Every part is on disk before the
     next one starts, so that a killed pass goes on where it stopped.
     """
-    missing = cache.missing(groups)
+    missing = cache.missing_places(groups)
     if not missing:
         say(f"reference: all {len(groups)} groups are in the cache")
         return 0
@@ -182,7 +181,7 @@ def fill_cache(
         check_writable(cache.folder)
     model = load()
     for start in range(0, len(missing), _GROUPS_PER_PART):
-        part = missing[start : start + _GROUPS_PER_PART]
+        part = [groups[place] for place in missing[start : start + _GROUPS_PER_PART]]
         title = f"reference log-probs, groups {start + 1} to {start + len(part)} of {len(missing)}"
         cache.add(part, model.score(part, micro_batch_tokens=micro_batch_tokens, title=title))
     return len(missing)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from prefopt.data.encode import TokenGroup
 from prefopt.model.batch import Batch, packed_batch, padded_batch
-from prefopt.model.engine import TOLERANCE, LanguageModel
+from prefopt.model.engine import GRADIENT_TOLERANCE, TOLERANCE, LanguageModel
+from prefopt.model.paths import deviation, fast_paths
 from prefopt.model.reference import ReferenceCache, fill_cache
 
 
@@ -38,7 +39,8 @@ def selfcheck(model: LanguageModel, groups: Sequence[TokenGroup]) -> list[Check]
     """Every agreement on `groups` (a handful of rows is enough), worst deviation each."""
     tolerance = TOLERANCE[model.dtype]
     with torch.no_grad():
-        plain = _plain_logps(model, groups)
+        with model.fused.plain():
+            plain = _plain_logps(model, groups)
         padded = model.token_logps(padded_batch(groups, model.device))
         used = model.token_logps(model.batch(groups))
     checks = [
@@ -66,8 +68,16 @@ def selfcheck(model: LanguageModel, groups: Sequence[TokenGroup]) -> list[Check]
                 "gradients agree",
                 "packed and shared against padded, relative to the largest",
                 gradient,
-                1e-3 if model.dtype == torch.float32 else 0.1,
+                GRADIENT_TOLERANCE[model.dtype],
             )
+        )
+    batch = model.batch(groups)
+    paths = fast_paths(model)
+    for path in paths:
+        found = deviation(model, batch, [path], beside=[other for other in paths if other is not path])
+        checks.append(Check(f"{path.name} == plain", path.about, found.value, tolerance))
+        checks.append(
+            Check(f"{path.name}, gradients", "relative to the largest", found.gradient, GRADIENT_TOLERANCE[model.dtype])
         )
     checks.append(
         Check("all == transformers", "what training uses against transformers' own forward", _worst(used, plain), tolerance)
@@ -110,7 +120,8 @@ def _duplicated(groups: Sequence[TokenGroup]) -> list[TokenGroup]:
 
 def _gradient_deviation(model: LanguageModel, groups: Sequence[TokenGroup]) -> float:
     packed = _gradients(model, packed_batch(groups, model.device))
-    padded = _gradients(model, padded_batch(groups, model.device))
+    with model.fused.plain():
+        padded = _gradients(model, padded_batch(groups, model.device))
     largest = max(float(gradient.abs().max()) for gradient in padded)
     return max(float((a - b).abs().max()) for a, b in zip(packed, padded, strict=True)) / max(largest, 1e-30)
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from prefopt.core.errors import ConfigError
 from prefopt.core.losses.facts import LossFacts, Value
 from prefopt.core.losses.table import Part, resolve_parts
 from prefopt.data.encode import TokenGroup
+from prefopt.model.transfer import to_device
 from prefopt.objective.measured import Measured, Rows, targets_of
 from prefopt.objective.pairs import dpo
 from prefopt.objective.quantities import Quantities, Reading
@@ -118,7 +120,7 @@ class LossPart:
 def _imitable(rows: Rows) -> Tensor:
     """1 for groups whose best response is good, 0 for an undesirable one and for ties."""
     best_S = rows.target_S[rows.order_GK[:, 0]]
-    labels = torch.tensor([kind in ("label", "pair") for kind in rows.kinds], device=best_S.device)
+    labels = to_device(np.array([kind in ("label", "pair") for kind in rows.kinds]), best_S.device)
     return (~labels | (best_S > 0.5)).to(rows.weight_G.dtype)
 
 

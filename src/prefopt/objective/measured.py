@@ -15,6 +15,7 @@ from torch import Tensor
 from prefopt.data.encode import TokenGroup
 from prefopt.data.groups import Feedback
 from prefopt.data.projections import best_first
+from prefopt.model.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +48,10 @@ def rows_of(feedbacks: Sequence[Feedback], responses_per_group: Sequence[int], l
 
     def column(values: Sequence[float | None], missing: float) -> Tensor:
         known = [missing if value is None else float(value) for value in values]
-        return torch.tensor(known, dtype=like.dtype, device=like.device)
+        return to_device(np.array(known), like.device).to(like.dtype)
 
     def places(values: np.ndarray) -> Tensor:
-        return torch.as_tensor(values.astype(np.int64), device=like.device)
+        return to_device(values.astype(np.int64), like.device)
 
     targets = [value for feedback, count in zip(feedbacks, counts, strict=True) for value in targets_of(feedback, int(count))]
     return Rows(

@@ -129,7 +129,7 @@ class Quantities:
 
     def carried(self, name: str) -> Tensor:
         """A running statistic as a tensor without gradient."""
-        return torch.tensor(self.running[name], dtype=self.measured.policy_N.dtype, device=self.measured.policy_N.device)
+        return self.measured.policy_N.new_full((), self.running[name])
 
     @property
     def step_margin(self) -> Tensor:
@@ -141,7 +141,7 @@ class Quantities:
     def mismatched_kl(self) -> Tensor:
         assert self.measured.mismatch is not None, "mismatched prompts were not measured"
         like = self.measured.policy_N
-        return torch.tensor(max(0.0, self.measured.mismatch), dtype=like.dtype, device=like.device)
+        return like.new_full((), max(0.0, self.measured.mismatch))
 
 
 _Of = Callable[[Quantities], Tensor]

@@ -1,8 +1,9 @@
 """Checkpoints: a folder in Hugging Face's layout, plus what is needed to go on exactly where the run stopped.
 
 step-000123/
-  model.safetensors, config.json, tokenizer files    loads with transformers as it is (weights are the fp32 masters)
-  optimizer.safetensors                              AdamW's state by weight name
+  model.safetensors, config.json, tokenizer files    loads with transformers as it is (weights are the fp32 masters, or with
+                                                     train.optimizer=adamw_bf16 the bf16 weights)
+  optimizer.safetensors                              AdamW's state by weight name, with the state of its random bits
   reference.safetensors                              a reference that follows the policy (tr-dpo, ema), fp32
   training.json                                      step, tokens seen, running statistics, reference and data identity
   manifest.json                                      every file with its size; written last
@@ -15,20 +16,19 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prefopt.core.errors import StorageError, TrainingError
-from prefopt.core.files import check_writable, digest, read_json, storage_errors, write_json
+from prefopt.core.files import check_writable, read_json, storage_errors, write_json
 from prefopt.core.run_folder import MANIFEST, checkpoint_is_complete
-from prefopt.data.encode import TokenGroup
 from prefopt.model.adapter_files import read_adapter, write_adapter
 from prefopt.model.adapters import lora_identity, merged_state
-from prefopt.model.reference import response_keys
+from prefopt.model.quantized import plain_config
 from prefopt.train.loop import Training
 from prefopt.train.moving_reference import MovingReference
 
@@ -39,9 +39,9 @@ REFERENCE_FILE = "reference.safetensors"
 
 
 def checkpoint_bytes(training: Training) -> int:
-    """Size of one checkpoint: fp32 weights and two moments; with a merged adapter the frozen weights, and with a moving
+    """Size of one checkpoint: trained weights and two moments; with a merged adapter the frozen weights, and with a moving
     reference its weights besides."""
-    trained = 12 * sum(master.numel() for master in training.optimizer.masters.values())
+    trained = sum(master.nbytes for master in training.optimizer.masters.values()) + training.optimizer.moment_bytes
     adapter = training.policy.adapter
     merged = adapter is not None and adapter.config.save == "merged"
     moving = training.reference.weights.values() if isinstance(training.reference, MovingReference) else ()
@@ -79,11 +79,12 @@ def _write_files(training: Training, folder: Path) -> None:
     adapter = training.policy.adapter
     try:
         if adapter is None or adapter.config.save == "merged":
-            training.policy.model.save_pretrained(folder, state_dict=_master_state(training))
+            _save_model(training, folder)
         if adapter is not None:
             home = folder / ADAPTER_FOLDER if adapter.config.save == "merged" else folder
             write_adapter(training.policy, training.optimizer.masters, home)
-        if training.optimizer.separate and (folder / "config.json").exists():
+        whole = training.optimizer.separate or adapter is not None
+        if whole and (folder / "config.json").exists():
             config = read_json(folder / "config.json")  # transformers writes the compute dtype; what is saved are the masters
             write_json(folder / "config.json", {**config, "dtype": "float32"})
         training.policy.tokenizer.save_pretrained(folder)
@@ -98,6 +99,15 @@ def _write_files(training: Training, folder: Path) -> None:
         save_file({name: weight.contiguous() for name, weight in training.reference.weights.items()}, folder / REFERENCE_FILE)
     position = {"step": training.step, "num_tokens": training.num_tokens, "running": training.objective.state()}
     write_json(folder / STATE_FILE, {**position, **identities(training)})
+
+
+def _save_model(training: Training, folder: Path) -> None:
+    """The model with its masters or its merged adapter; a quantised one as the plain model that it computes as."""
+    model = training.policy.model
+    if training.policy.quantized is not None:
+        with torch.device("meta"):
+            model = type(model)(plain_config(model.config))
+    model.save_pretrained(folder, state_dict=_master_state(training))
 
 
 def _master_state(training: Training) -> dict[str, Tensor] | None:
@@ -118,34 +128,32 @@ def _master_state(training: Training) -> dict[str, Tensor] | None:
 def identities(training: Training) -> dict[str, Any]:
     """What must be the same for a resumed run to equal the unbroken one; with LoRA also what adapter it is, on what."""
     lora = {"lora": lora_identity(training.policy)} if training.policy.adapter is not None else {}
+    other = training.config.optimizer != "adamw"
     return {
         "reference": training.reference.identity,
-        "data": groups_digest(training.groups),
+        "data": training.data_identity,
         "data_seed": training.data_seed,
         "groups_per_step": training.config.groups_per_step,
         "loss": training.objective.described(),
+        **({"optimizer": training.config.optimizer} if other else {}),
         **lora,
     }
 
 
 def _changed(was: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
     """The first identity that differs, with its two values; of an adapter, the option that does."""
-    for name in [*now, *(["lora"] if "lora" in was and "lora" not in now else [])]:
-        old, new = was.get(name), now.get(name)
+    optional = {"lora": None, "optimizer": "adamw"}  # what stands for it where it is not written down
+    for name in dict.fromkeys([*now, *(name for name in optional if name in was)]):
+        old, new = (given.get(name, optional.get(name)) for given in (was, now))
         if old == new:
             continue
         if name != "lora" or old is None or new is None:
             return name, old, new
-        option = next(key for key in new if old.get(key) != new[key])
+        option = next(key for key in {**new, **old} if old.get(key) != new.get(key))
         if option == "targets":
             return "lora.targets", sorted(set(old[option]) - set(new[option])), sorted(set(new[option]) - set(old[option]))
-        return f"lora.{option}", old.get(option), new[option]
+        return f"lora.{option}", old.get(option), new.get(option)
     return None
-
-
-def groups_digest(groups: Sequence[TokenGroup]) -> str:
-    """Digest of the token ids and loss flags of all groups, in order."""
-    return digest(*(key for group in groups for key in response_keys(group)))
 
 
 def _sync(folder: Path) -> None:

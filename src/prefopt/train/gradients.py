@@ -22,6 +22,7 @@ from prefopt.data.pack import micro_batches
 from prefopt.model.engine import LanguageModel
 from prefopt.model.reference import Reference
 from prefopt.model.reward_model import RewardModel
+from prefopt.model.transfer import to_device
 from prefopt.objective.apply import Objective, Outcome
 from prefopt.objective.measured import Measured, joined, measured, targets_of
 from prefopt.train.record import StepValues
@@ -109,7 +110,7 @@ class Gradients:
         reference_N: Tensor | None = None
         if self.objective.needs_reference:
             flat = np.concatenate([values for group in self.reference.of(groups) for values in group])
-            reference_N = torch.as_tensor(flat, device=said.logp_N.device)
+            reference_N = to_device(flat, said.logp_N.device)
         return measured(
             groups,
             batch.response_N,

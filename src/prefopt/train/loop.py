@@ -20,15 +20,19 @@ from prefopt.core.errors import TrainingError
 from prefopt.core.progress import say
 from prefopt.data.encode import TokenGroup
 from prefopt.data.pack import groups_of_step, total_steps
+from prefopt.data.tokens import feedbacks_of
 from prefopt.model.adapters import seed_dropout
 from prefopt.model.allocator import release_freed_memory
 from prefopt.model.engine import LanguageModel
-from prefopt.model.reference import Reference
+from prefopt.model.reference import Reference, groups_digest
+from prefopt.model.tables import gradients_into
 from prefopt.objective.apply import Objective
+from prefopt.train.activations import set_activations
+from prefopt.train.flops import training_flops
 from prefopt.train.gradients import WITHOUT_GRADIENTS, Gradients
 from prefopt.train.memory import out_of_memory_noted, smaller_budget
 from prefopt.train.moving_reference import MovingReference
-from prefopt.train.optimizer import MasterOptimizer, learning_rate
+from prefopt.train.optimizer import Optimizer, learning_rate, make_optimizer
 from prefopt.train.record import StepRecord, StepValues
 
 # Largest |log-ratio| per token (nats) of a response while policy == reference that is still rounding.
@@ -52,18 +56,18 @@ class Training:
     config: TrainConfig
     data_seed: int
     reference_is_initial: bool
-    optimizer: MasterOptimizer = field(init=False)
+    optimizer: Optimizer = field(init=False)
     step: int = 0
     num_tokens: int = 0
     micro_batch_tokens: int = field(init=False)
+    matmul_flops: float | None = None  # operations a second of a matrix product here, for the MFU of each step
 
     def __post_init__(self) -> None:
         self.micro_batch_tokens = self.config.budget_tokens
         self.policy.disable_dropout()
         self.policy.model.train()
-        if self.config.activation_checkpointing:
-            self.policy.enable_activation_checkpointing()
-        self.optimizer = MasterOptimizer(self.policy.model, self.config, self.policy.dtype)
+        set_activations(self.policy, self.config)
+        self.optimizer = make_optimizer(self.policy.model, self.config, self.policy.dtype, seed=self.data_seed)
 
     @property
     def total_steps(self) -> int:
@@ -75,11 +79,17 @@ class Training:
         )
 
     @cached_property
+    def data_identity(self) -> str:
+        """Digest of the token ids and loss flags of all rows, which takes seconds for a hundred thousand."""
+        return groups_digest(self.groups)
+
+    @cached_property
     def _strata(self) -> list[int] | None:
         """Labelled rows: 1 for desirable ones, so that every step mixes both classes; None for other rows."""
-        if not all(group.feedback.kind == "label" for group in self.groups):
+        feedbacks = feedbacks_of(self.groups)
+        if not all(feedback.kind == "label" for feedback in feedbacks):
             return None
-        return [int(bool(group.feedback.label)) for group in self.groups]
+        return [int(bool(feedback.label)) for feedback in feedbacks]
 
     @property
     def _total_groups(self) -> int:
@@ -121,21 +131,35 @@ class Training:
         if isinstance(self.reference, MovingReference) and self.reference.follow(self.step, self.optimizer.masters):
             self.reference_is_initial = False
         self.num_tokens += tokens
+        seconds = time.monotonic() - started
         return StepRecord(
             step=self.step,
             epoch=min(self.step * self.config.groups_per_step, self._total_groups) / len(self.groups),
             values=values,
             grad_norm=grad_norm,
             lr=lr,
-            seconds=time.monotonic() - started,
+            seconds=seconds,
             tokens=tokens,
             num_tokens=self.num_tokens,
             reference_is_initial=self.reference_is_initial,
+            mfu=self.flops_of(groups) / seconds / self.matmul_flops if self.matmul_flops else None,
         )
+
+    def flops_of(self, groups: Sequence[TokenGroup]) -> float:
+        """The fewest floating-point operations of training once on `groups`."""
+        model, lora = self.policy.model, self.policy.adapter is not None
+        adapter = sum(weight.numel() for weight in self.optimizer.masters.values()) if lora else 0
+        weights = model.num_parameters() - adapter
+        return training_flops(model.config, weights, groups, adapter=adapter, head=not self.objective.trains_reward_model)
 
     def accumulate_gradients(self, groups: Sequence[TokenGroup]) -> StepValues:
         """Forward and backward over `groups` in micro-batches; how they are cut does not change the gradient."""
-        return self._in_memory(groups, lambda gradients: gradients.accumulate(groups), budgets=1)
+
+        def compute(gradients: Gradients) -> StepValues:
+            with gradients_into(self.optimizer.table_gradients(self.policy.model)):
+                return gradients.accumulate(groups)
+
+        return self._in_memory(groups, compute, budgets=1)
 
     def evaluate(self, groups: Sequence[TokenGroup]) -> StepValues:
         """The same values on other groups, without gradients."""
@@ -164,7 +188,7 @@ class Training:
             if smaller is None:
                 raise TrainingError(
                     f"Step {self.step + 1}: memory ran out on a single group of {max(lengths)} tokens. The update was not made",
-                    todo="`prefopt plan` shows what would fit: train.activation_checkpointing=true, model.lora, shorter rows"
+                    todo="`prefopt plan` shows what would fit: train.activation_checkpointing=full, model.lora, shorter rows"
                     " (data.max_prompt_tokens, data.max_response_tokens).",
                 )
             self.micro_batch_tokens = max(1, smaller // budgets)

@@ -34,11 +34,11 @@ class MovingReference(LiveReference):
 
     @torch.no_grad()
     def follow(self, step: int, policy: Mapping[str, Tensor]) -> bool:
-        """Move towards the fp32 weights `policy` where optimizer step `step` (from 1) is one to move at; whether it did."""
+        """Move towards the trained weights `policy` where optimizer step `step` (from 1) is one to move at; whether it did."""
         if step % self.every:
             return False
         for name, weight in self.weights.items():
-            weight.lerp_(policy[name].detach().to(weight.device), self.mix)
+            weight.lerp_(policy[name].detach().to(weight), self.mix)
         self._to_compute()
         return True
 

@@ -19,11 +19,15 @@ from prefopt.core.progress import say, silence
 from prefopt.core.resolve import resolve_config
 from prefopt.data.encode import TokenGroup
 from prefopt.data.pack import groups_of_step, micro_batches, total_steps
-from prefopt.model.adapters import add_lora
+from prefopt.data.tokens import lengths_of
+from prefopt.model.adapters import add_lora, target_layers
 from prefopt.model.engine import LanguageModel
 from prefopt.model.footprint import Ledger, forward, forward_backward, model_without_weights, put_on_device, without_data
 from prefopt.model.precision import compute_dtype, pick_device
-from prefopt.train.optimizer import MasterOptimizer
+from prefopt.model.quantized import count_as_quantized
+from prefopt.model.tables import gradients_into
+from prefopt.train.activations import set_activations
+from prefopt.train.optimizer import MasterOptimizer, make_optimizer
 
 FIRST_TRIED = {"cpu": MICRO_BATCH_TOKENS, "cuda": 16384, "mps": 4096}  # fast on the device, where memory allows
 SAFE_SHARE = 0.9  # of the memory that is left: other programs and the allocator's gaps need some
@@ -125,30 +129,34 @@ def _counted(
         trust_remote_code=config.model.trust_remote_code,
     )
     weights = policy.model.num_parameters()
+    quantized = (0, 0)
+    if config.model.quantize is not None:
+        quantized = count_as_quantized(policy.model, target_layers(policy, "all-linear"), config.model.quantize)
     if lora is not None:
         with silence():
             add_lora(policy, lora.model_copy(update={"save": "adapter"}), seed=0)
-    with without_data() as ledger:
+    with without_data(machine.device) as ledger:
         put_on_device(policy)
         policy.disable_dropout()
         policy.model.train()
-        if config.train.activation_checkpointing:
-            policy.enable_activation_checkpointing()
-        optimizer = MasterOptimizer(policy.model, config.train, machine.dtype)
-        for master in optimizer.masters.values():
-            master.grad = torch.zeros_like(master) if master.grad is None else master.grad
+        set_activations(policy, config.train, without_data=True)
+        optimizer = make_optimizer(policy.model, config.train, machine.dtype)
+        if isinstance(optimizer, MasterOptimizer):
+            for master in optimizer.masters.values():
+                master.grad = torch.zeros_like(master) if master.grad is None else master.grad
         trained = sum(master.numel() for master in optimizer.masters.values())
         held = ledger.live
         with ledger.peak_of() as passes:
-            forward_backward(policy, policy.batch(largest))
-        reference_peak = _reference_pass(config, policy, groups, ledger, micro_batch_tokens)
+            with gradients_into(optimizer.table_gradients(policy.model)):
+                forward_backward(policy, policy.batch(largest))
+        loaded = 4 * (weights - quantized[0]) + quantized[1]
+        reference_peak = _reference_pass(config, policy, groups, ledger, micro_batch_tokens, loaded)
     size = machine.dtype.itemsize
     parts = {
-        "weights, fp32": 4 * (weights if size == 4 or lora is None else trained),
-        "weights, compute copy": size * weights if size < 4 else 0,
-        "gradients, fp32": 4 * trained,
-        "AdamW moments": 8 * trained,
-        "passes over the largest micro-batch": passes[0] - held,
+        "weights, quantised": quantized[1],
+        **_weight_parts(config, size, weights - quantized[0], trained),
+        "AdamW moments": optimizer.moment_bytes,
+        "passes over the largest micro-batch": max(passes[0] - held, optimizer.update_bytes),  # an update comes after them
         "gaps between them": _gaps(passes[0] - held, machine, lora=lora is not None),
         "reference model": weights * {"live": size, "tr-dpo": 4, "ema": 4}.get(config.reference_kind, 0),
     }
@@ -163,6 +171,18 @@ def _counted(
     )
 
 
+def _weight_parts(config: RunConfig, size: int, weights: int, trained: int) -> dict[str, int]:
+    """Bytes of weights and gradients by name; `size`: bytes of a number in the compute dtype."""
+    if config.train.optimizer == "adamw_bf16":
+        own = trained if config.model.lora is not None else 0  # A and B besides the model's own
+        return {"weights, bf16": size * (weights + own), "gradients, bf16": size * trained}
+    return {
+        "weights, fp32": 4 * (weights if size == 4 or config.model.lora is None else trained),
+        "weights, compute copy": size * weights if size < 4 else 0,
+        "gradients, fp32": 4 * trained,
+    }
+
+
 def _gaps(passes: int, machine: Machine, *, lora: bool) -> int:
     """What the CPU's allocator loses between blocks that come and go, by measurement (benchmarks/RESULTS.md)."""
     if machine.device.type != "cpu":
@@ -170,7 +190,9 @@ def _gaps(passes: int, machine: Machine, *, lora: bool) -> int:
     return int(_GAPS_LORA * passes if lora else _GAPS * passes) + _KERNELS
 
 
-def _reference_pass(config: RunConfig, policy: LanguageModel, groups: Sequence[TokenGroup], ledger: Ledger, budget: int) -> int:
+def _reference_pass(
+    config: RunConfig, policy: LanguageModel, groups: Sequence[TokenGroup], ledger: Ledger, budget: int, weight_bytes: int
+) -> int:
     """Peak of weights and one forward pass of the reference, where it is made before training; 0 where it is not."""
     if config.reference_kind != "cached":
         return 0
@@ -181,14 +203,14 @@ def _reference_pass(config: RunConfig, policy: LanguageModel, groups: Sequence[T
     held = ledger.live
     with ledger.peak_of() as found:
         forward(policy, [groups[place] for place in fullest])
-    weights: int = sum(4 * parameter.numel() for parameter in policy.model.parameters())
-    return found[0] - held + weights
+    trained: int = sum(4 * weight.numel() for weight in policy.model.parameters() if weight.requires_grad)
+    return found[0] - held + weight_bytes + (trained if config.model.lora is not None else 0)
 
 
 def largest_micro_batch(config: RunConfig, groups: Sequence[TokenGroup], micro_batch_tokens: int) -> list[TokenGroup]:
     """The micro-batch with the most tokens among the first steps of the run, or the longest group if that has more."""
     train = config.train
-    lengths = [group.unique_tokens for group in groups]
+    lengths = lengths_of(groups).unique_G.tolist()
     total = train.max_steps * train.groups_per_step if train.max_steps is not None else round(len(groups) * train.epochs)
     steps = total_steps(len(groups), epochs=train.epochs, groups_per_step=train.groups_per_step, max_steps=train.max_steps)
     best = [max(range(len(groups)), key=lengths.__getitem__)]
@@ -213,7 +235,7 @@ def fitting_budget(config: RunConfig, model_config: Any, groups: Sequence[TokenG
         except ModelError as error:
             say(f"{error.what}; micro-batches of at most {budget} tokens")
             return budget
-        if plan.peak <= machine.room or budget // 2 < max(FEWEST_TOKENS, *(group.unique_tokens for group in groups)):
+        if plan.peak <= machine.room or budget // 2 < max(FEWEST_TOKENS, _longest(groups)):
             return budget
         budget //= 2
 
@@ -226,18 +248,27 @@ def _rough_bound(model_config: Any, groups: Sequence[TokenGroup], budget: int) -
     hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
     inner = int(getattr(text, "intermediate_size", None) or 4 * hidden)
     weights = 2 * int(text.vocab_size) * hidden + layers * (4 * hidden * hidden + 3 * hidden * inner)
-    tokens = max(budget, *(group.unique_tokens for group in groups))
+    tokens = max(budget, _longest(groups))
     return 24 * weights + 4.0 * tokens * layers * (20 * hidden + 6 * inner) + 2**29
+
+
+def _longest(groups: Sequence[TokenGroup]) -> int:
+    """Tokens of the longest group."""
+    return int(lengths_of(groups).unique_G.max())
 
 
 def changes_that_fit(config: RunConfig, model_config: Any, groups: Sequence[TokenGroup], machine: Machine) -> Iterator[Change]:
     """Other configurations of the same run that fit into the machine, the mildest first."""
-    longest = max(group.unique_tokens for group in groups)
+    longest = _longest(groups)
     wanted = FIRST_TRIED[machine.device.type] if config.train.micro_batch_tokens == "auto" else config.train.budget_tokens
     smallest = max(256, min(wanted, longest))
     fewer = (f"train.micro_batch_tokens={smallest}",)
-    recompute, lora = ("train.activation_checkpointing=true",), ("model.lora={}",)
-    for words in (fewer, recompute, (*recompute, *fewer), (*lora, *fewer), (*lora, *recompute, *fewer)):
+    some, recompute = ("train.activation_checkpointing=selective",), ("train.activation_checkpointing=full",)
+    lora, half = ("model.lora={}",), ("train.optimizer=adamw_bf16",)
+    changes = [fewer, some, recompute, (*recompute, *fewer)]
+    changes += [half, (*half, *recompute, *fewer)] if machine.dtype == torch.bfloat16 else []
+    changes += [(*lora, *fewer), (*lora, *recompute, *fewer)]
+    for words in changes:
         try:
             other = resolve_config(config.resolved(), words)
         except ConfigError:  # a reward model takes no adapter, for example
@@ -248,17 +279,3 @@ def changes_that_fit(config: RunConfig, model_config: Any, groups: Sequence[Toke
         plan = plan_memory(other, model_config, groups, machine, micro_batch_tokens=budget)
         if plan.peak <= machine.room:
             yield Change(words, plan)
-
-
-def step_flops(model_config: Any, weights: int, groups: Sequence[TokenGroup]) -> float:
-    """Floating-point operations of training once on `groups`: 6 a weight and unique token, the head on scored tokens only.
-
-    Attention's own products are left out: at usual lengths they are a few per cent.
-    """
-    text = model_config.get_text_config()
-    head = int(text.vocab_size) * int(text.hidden_size)
-    tied = bool(getattr(text, "tie_word_embeddings", False))
-    decoder = weights - (head if tied else 2 * head)
-    unique = sum(group.unique_tokens for group in groups)
-    scored = sum(int(flags.sum()) for group in groups for flags in group.scored)
-    return 6.0 * decoder * unique + 6.0 * head * scored

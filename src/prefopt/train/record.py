@@ -151,7 +151,11 @@ def area_under_curve(values: Values, targets: Values) -> tuple[float, int]:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One optimizer step: `step` counts from 1, `num_tokens` are unique tokens since the start of the run."""
+    """One optimizer step: `step` counts from 1, `num_tokens` are unique tokens since the start of the run.
+
+    `mfu`: model FLOPs utilisation, the operations that the step cannot do without over those of a plain matrix product in
+    the same time; None where that speed was not measured.
+    """
 
     step: int
     epoch: float
@@ -162,6 +166,7 @@ class StepRecord:
     tokens: int
     num_tokens: int
     reference_is_initial: bool
+    mfu: float | None = None
 
     def metrics(self) -> dict[str, float]:
         """Everything that is logged of this step."""
@@ -174,4 +179,5 @@ class StepRecord:
             "num_tokens": float(self.num_tokens),
             "tokens_per_second": self.tokens / self.seconds,
             "step_seconds": self.seconds,
+            **({} if self.mfu is None else {"mfu": self.mfu}),
         }
