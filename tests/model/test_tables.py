@@ -11,7 +11,7 @@ from torch import Tensor
 from model.tiny_models import CONFIGS, VOCABULARY, awkward_groups, language_model
 from prefopt.core.resolve import resolve_config
 from prefopt.model import head
-from prefopt.model.engine import LanguageModel, cast_parameters
+from prefopt.model.engine import LanguageModel
 from prefopt.model.tables import gradients_into, sum_of
 from prefopt.train.optimizer import MasterOptimizer
 
