@@ -209,7 +209,6 @@ def start_training(
         add_lora(policy, config.model.lora, seed=config.data.seed)
     if config.train.compile:
         compile_layers(policy)
-    confirm(policy, [min(rows.train.groups[:16], key=lambda group: group.unique_tokens)])
     training = Training(
         policy=policy,
         groups=rows.train.groups,
@@ -219,6 +218,7 @@ def start_training(
         data_seed=config.data.seed,
         reference_is_initial=own_reference and kind != "none",
     )
+    confirm(policy, [min(rows.train.groups[:16], key=lambda group: group.unique_tokens)])  # in the dtype that trains
     if kind == "none":
         return training
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 _UNLIMITED = 1 << 60  # cgroup v1 writes about 2^63 where there is no limit
@@ -25,6 +28,18 @@ def peak_bytes() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Make many objects that stay: the collector of cycles would go through all of them again and again meanwhile."""
+    was_running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_running:
+            gc.enable()
 
 
 def available_bytes() -> int:

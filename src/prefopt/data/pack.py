@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,9 +31,17 @@ def groups_of_step(
 
 
 def _order(groups: int, seed: int, epoch: int, strata: Sequence[int] | None) -> NDArray[np.int64]:
+    if strata is None:
+        return _shuffled(groups, seed, epoch)
     random = np.random.default_rng((seed, epoch))
-    shuffled = random.permutation(groups)
-    return shuffled if strata is None else _spread(shuffled, strata, random)
+    return _spread(random.permutation(groups), strata, random)
+
+
+@lru_cache(maxsize=2)  # the steps of an epoch ask for the same order, and one step may lie in two epochs
+def _shuffled(groups: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    shuffled = np.random.default_rng((seed, epoch)).permutation(groups)
+    shuffled.flags.writeable = False
+    return shuffled
 
 
 def _spread(shuffled: NDArray[np.int64], strata: Sequence[int], random: np.random.Generator) -> NDArray[np.int64]:

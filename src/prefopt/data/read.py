@@ -49,43 +49,54 @@ def read_rows(source: Any, *, split: str = "train", max_rows: int | None = None)
     `split` chooses among the splits of a dataset. With `max_rows` only the first rows are read. DataError where there
     is nothing to read; a single broken row is listed in `bad` instead.
     """
+    name, found = find_rows(source, split=split, max_rows=max_rows)
+    rows: list[Row] = []
+    sources: list[str] = []
+    bad: list[BadRow] = []
+    with closing(found):
+        for place, row in found:
+            if isinstance(row, Refusal):
+                bad.append(row.bad_row(place))
+            else:
+                rows.append(row)
+                sources.append(place)
+    return RawRows(rows, tuple(sources), tuple(bad), name)
+
+
+def find_rows(source: Any, *, split: str = "train", max_rows: int | None = None) -> tuple[str, Found]:
+    """The name of `source` (see `read_rows`), and its rows one after another, of which there is at least one."""
     if isinstance(source, (str, Path)):
         path = Path(source).expanduser()
         if not path.exists() and _is_hub_id(str(source)):
             rows = _load_from_hub(str(source), split, max_rows)
-            return _gather(_objects(rows, str(source)), str(source), max_rows)
-        return _gather(_file_rows(path), str(source), max_rows)
+            return str(source), _first(_objects(rows, str(source)), str(source), max_rows)
+        return str(source), _first(_file_rows(path), str(source), max_rows)
     if isinstance(source, Mapping):
         if split not in source:
             known = ", ".join(str(key) for key in source)
             raise DataError(
                 f'the dataset has no split "{split}"', todo=f"{nearest(split, map(str, source))}Its splits: {known}."
             )
-        return read_rows(source[split], split=split, max_rows=max_rows)
+        return find_rows(source[split], split=split, max_rows=max_rows)
     if hasattr(source, "column_names") and hasattr(source, "__iter__"):
-        return _gather(_objects(source, "dataset"), "dataset", max_rows)
+        return "dataset", _first(_objects(source, "dataset"), "dataset", max_rows)
     if isinstance(source, Sequence):
-        return _gather(_objects(source, "list"), "list", max_rows)
+        return "list", _first(_objects(source, "list"), "list", max_rows)
     raise DataError(
         f"rows cannot be read from a value of type {type(source).__name__}",
         todo=f"Give a path ({_READABLE}), a Hub dataset id, a Hugging Face Dataset or a list of dicts.",
     )
 
 
-def _gather(found: Found, name: str, max_rows: int | None) -> RawRows:
-    rows: list[Row] = []
-    sources: list[str] = []
-    bad: list[BadRow] = []
+def _first(found: Found, name: str, max_rows: int | None) -> Found:
+    """The first `max_rows` of `found`, or all; DataError where there are none."""
+    some = False
     with closing(found):  # with max_rows the file is still open
-        for source, row in itertools.islice(found, max_rows):
-            if isinstance(row, Refusal):
-                bad.append(row.bad_row(source))
-            else:
-                rows.append(row)
-                sources.append(source)
-    if not rows and not bad:
+        for row in itertools.islice(found, max_rows):
+            some = True
+            yield row
+    if not some:
         raise DataError(f"{name}: holds no rows", todo="Give a file or dataset with at least one row.")
-    return RawRows(rows, tuple(sources), tuple(bad), name)
 
 
 def _row(value: Any) -> Row | Refusal:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from itertools import chain, islice
 from typing import Any, Literal
 
 from prefopt.core.config import ROW_SHAPES
 from prefopt.core.errors import DataError, nearest
+from prefopt.core.memory import collector_paused
 from prefopt.data.feedback import finished, label_feedback, pair_feedback, ranking_feedback, scores_feedback
 from prefopt.data.groups import NO_PROMPT, BadRow, Feedback, Group, GroupSet, Turn
 from prefopt.data.messages import MESSAGE_KEYS, is_listed, json_text, listed, to_turns
-from prefopt.data.read import RawRows, Row, read_rows
+from prefopt.data.read import RawRows, Row, find_rows
 from prefopt.data.refusals import Reason, Refusal, check_text
 from prefopt.data.transcripts import HH_MARKERS, common_turns, is_hh, split_common_prefix, split_hh
 
@@ -37,7 +40,9 @@ _EXPECTED = (
 
 def load_groups(source: Any, *, shape: str = "auto", split: str = "train", max_rows: int | None = None) -> GroupSet:
     """Groups of `source` (see `read_rows`), read as `shape`. DataError where nothing can be read."""
-    return to_groups(read_rows(source, split=split, max_rows=max_rows), shape=shape)
+    name, found = find_rows(source, split=split, max_rows=max_rows)
+    with closing(found):
+        return _grouped(name, found, shape, ())
 
 
 def detect_shape(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -70,37 +75,58 @@ def _row_shape(row: Mapping[str, Any]) -> str:
 
 def to_groups(raw: RawRows, *, shape: str = "auto") -> GroupSet:
     """Groups of `raw`; rows that cannot be used are in `bad`, with the unreadable ones before them."""
+    return _grouped(raw.name, zip(raw.sources, raw.rows, strict=True), shape, raw.bad)
+
+
+def _grouped(name: str, found: Iterable[tuple[str, Row | Refusal]], shape: str, unreadable: Sequence[BadRow]) -> GroupSet:
+    """The groups of rows that come one after another; of the rows themselves only the first are ever held together."""
     if shape not in ROW_SHAPES:
         raise DataError(
             f'data.shape: there is no shape "{shape}"', todo=f"{nearest(shape, ROW_SHAPES)}Shapes: {', '.join(ROW_SHAPES)}."
         )
-    if not raw.rows:
-        raise DataError(
-            f"{raw.name}: none of its {raw.total} rows can be read", todo=f"The first: {raw.bad[0]}" if raw.bad else ""
-        )
+    broken: list[BadRow] = list(unreadable)
+    rows = _readable(found, broken)
+    first = list(islice(rows, _ROWS_LOOKED_AT))
+    if not first:
+        raise DataError(f"{name}: none of its {len(broken)} rows can be read", todo=f"The first: {broken[0]}" if broken else "")
     try:
-        chosen_shape = detect_shape(raw.rows) if shape == "auto" else shape
+        chosen_shape = detect_shape([row for _, row in first]) if shape == "auto" else shape
     except DataError as error:
-        raise DataError(f"{raw.name}: {error.what}", todo=error.todo) from None
+        raise DataError(f"{name}: {error.what}", todo=error.todo) from None
     groups: list[Group] = []
-    bad: list[BadRow] = list(raw.bad)
-    for row, source in zip(raw.rows, raw.sources, strict=True):
-        try:
-            groups.append(_READERS[chosen_shape](row, source))
-        except Refusal as refusal:
-            bad.append(refusal.bad_row(source))
-    notes = _notes(raw, groups, chosen_shape, detected=shape == "auto")
-    return GroupSet(tuple(groups), tuple(bad), chosen_shape, raw.total, raw.name, notes)
+    refused: list[BadRow] = []
+    unused: tuple[set[str], set[str]] = set(), set()  # fields of rows, and of messages
+    with collector_paused():
+        for source, row in chain(first, rows):
+            unused[0].update(str(key) for key, value in row.items() if value is not None and key not in USED_COLUMNS)
+            unused[1].update(_message_keys(row.values()))
+            try:
+                groups.append(_READERS[chosen_shape](row, source))
+            except Refusal as refusal:
+                refused.append(refusal.bad_row(source))
+    total = len(broken) + len(groups) + len(refused)
+    notes = _notes(total, groups, unused, chosen_shape, detected=shape == "auto")
+    return GroupSet(tuple(groups), (*broken, *refused), chosen_shape, total, name, notes)
 
 
-def _notes(raw: RawRows, groups: Sequence[Group], shape: str, *, detected: bool) -> tuple[str, ...]:
+def _readable(found: Iterable[tuple[str, Row | Refusal]], broken: list[BadRow]) -> Iterator[tuple[str, Row]]:
+    """The rows of `found`; what is none is put into `broken`."""
+    for source, row in found:
+        if isinstance(row, Refusal):
+            broken.append(row.bad_row(source))
+        else:
+            yield source, row
+
+
+def _notes(
+    total: int, groups: Sequence[Group], unused: tuple[set[str], set[str]], shape: str, *, detected: bool
+) -> tuple[str, ...]:
     forms = " and ".join(_FORMS[form] for form, _ in Counter(group.form for group in groups).most_common())
     how = "set data.shape to override" if detected else "as data.shape says"
-    notes = [f"{raw.total} rows, read as {shape}{f' ({forms})' if forms else ''}; {how}"]
-    unused = sorted({str(key) for row in raw.rows for key, value in row.items() if value is not None} - USED_COLUMNS)
-    unused += sorted({f"{key} (of messages)" for row in raw.rows for key in _message_keys(row.values())})
-    if unused:
-        notes.append(f"fields that are not used: {', '.join(unused)}")
+    notes = [f"{total} rows, read as {shape}{f' ({forms})' if forms else ''}; {how}"]
+    names = sorted(unused[0]) + sorted(f"{key} (of messages)" for key in unused[1])
+    if names:
+        notes.append(f"fields that are not used: {', '.join(names)}")
     bare = sum(group.prompt == NO_PROMPT for group in groups)
     if bare:
         notes.append(f'{bare} rows have the prompt "": their responses follow the beginning-of-text token')

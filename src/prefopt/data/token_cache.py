@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from prefopt.core.files import cache_root, digest, digest_of
+from prefopt.core.memory import collector_paused
 from prefopt.data.encode import Encoding, TokenSet, TrainOn, encode_groups
 from prefopt.data.groups import BadRow, Group, GroupSet, Turn
 from prefopt.data.token_store import read_tokens, writing_tokens
@@ -35,7 +36,7 @@ def cached_encoding(
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
             path.unlink(missing_ok=True)
     encoding = Encoding(tokenizer, template=template, train_on=train_on)
-    with writing_tokens(path) as writer:
+    with collector_paused(), writing_tokens(path) as writer:
         for place, group in encoding.of(groups.groups):
             writer.add(place, group)
         writer.notes = {"bad": [asdict(row) for row in encoding.bad], "special_text": encoding.special_text}

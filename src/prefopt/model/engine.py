@@ -155,7 +155,9 @@ class LanguageModel:
         """Largest difference of a token's log-prob (nats) between packed and padded rows; None where packing is ignored."""
         groups = groups or [probe_group(int(self.model.config.get_text_config().vocab_size), self.context_tokens)]
         before = attention.calls_in_layout
-        with self._without_dropout():
+        cast_later = next(self.model.parameters()).dtype != self.dtype  # then the kernel in use now is not that of training
+        plain_kernel = attention.use_backend("segments") if cast_later else nullcontext()
+        with self._without_dropout(), plain_kernel:
             packed = self.compared(packed_batch(groups, self.device))
             followed = attention.calls_in_layout - before
             if followed < int(getattr(self.model.config.get_text_config(), "num_hidden_layers", 1)):

@@ -1,7 +1,7 @@
 """Arrays of log-probs on disk, found by key: parts that are appended whole, an index in memory, values read when asked for.
 
 A part is an uncompressed .npz of `keys` (n, 16) uint8, `lengths` (n,) int64 and `values`, the arrays end to end, float32.
-The index holds 32 bytes for each key, whatever the length of its array.
+The index holds 40 bytes for each key, whatever the length of its array.
 """
 
 from __future__ import annotations

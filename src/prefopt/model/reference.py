@@ -27,7 +27,7 @@ from prefopt.model.logp_store import LogpStore
 
 Logps = tuple[NDArray[np.float32], ...]  # one array of token log-probs per response
 
-_GROUPS_PER_PART = 256  # a pass that is killed loses at most this many groups
+GROUPS_PER_PART = 256  # a pass that is killed loses at most this many groups
 _GROUPS_LOOKED_UP = 4096  # at once, to see which have an entry
 
 
@@ -78,7 +78,7 @@ def groups_digest(groups: Sequence[TokenGroup]) -> str:
 class ReferenceCache:
     """The entries of one reference under one numerics, in `folder`: parts that are appended whole and never changed.
 
-    Log-probs stay on disk until a step asks for its own; 32 bytes for each response say where they are.
+    Log-probs stay on disk until a step asks for its own; 40 bytes for each response say where they are.
     """
 
     def __init__(self, identity: str, numerics: str, *, root: Path | None = None) -> None:
@@ -180,8 +180,8 @@ def fill_cache(
     with storage_errors(cache.folder):
         check_writable(cache.folder)
     model = load()
-    for start in range(0, len(missing), _GROUPS_PER_PART):
-        part = [groups[place] for place in missing[start : start + _GROUPS_PER_PART]]
+    for start in range(0, len(missing), GROUPS_PER_PART):
+        part = [groups[place] for place in missing[start : start + GROUPS_PER_PART]]
         title = f"reference log-probs, groups {start + 1} to {start + len(part)} of {len(missing)}"
         cache.add(part, model.score(part, micro_batch_tokens=micro_batch_tokens, title=title))
     return len(missing)

@@ -94,6 +94,10 @@ class Gradients:
 
     def _measure(self, groups: Sequence[TokenGroup], mismatch: float | None, number: int | None = None) -> Measured:
         """What the policy and its reference say about one micro-batch, the `number`th of a training step."""
+        reference_N: Tensor | None = None
+        if self.objective.needs_reference:  # first: a live one needs memory that the policy's activations then take
+            flat = np.concatenate([values for group in self.reference.of(groups) for values in group])
+            reference_N = to_device(flat, self.policy.device)
         batch = self.policy.batch(groups)
         if self.reseed is not None and number is not None:
             self.reseed(number)
@@ -107,10 +111,6 @@ class Gradients:
             reference=live,
             reference_scope=self.reference.scope() if live is not None else None,
         )
-        reference_N: Tensor | None = None
-        if self.objective.needs_reference:
-            flat = np.concatenate([values for group in self.reference.of(groups) for values in group])
-            reference_N = to_device(flat, said.logp_N.device)
         return measured(
             groups,
             batch.response_N,

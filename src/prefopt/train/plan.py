@@ -25,6 +25,7 @@ from prefopt.model.engine import LanguageModel
 from prefopt.model.footprint import Ledger, forward, forward_backward, model_without_weights, put_on_device, without_data
 from prefopt.model.precision import compute_dtype, pick_device
 from prefopt.model.quantized import count_as_quantized
+from prefopt.model.reference import GROUPS_PER_PART
 from prefopt.model.tables import gradients_into
 from prefopt.train.activations import set_activations
 from prefopt.train.optimizer import MasterOptimizer, make_optimizer
@@ -32,6 +33,7 @@ from prefopt.train.optimizer import MasterOptimizer, make_optimizer
 FIRST_TRIED = {"cpu": MICRO_BATCH_TOKENS, "cuda": 16384, "mps": 4096}  # fast on the device, where memory allows
 SAFE_SHARE = 0.9  # of the memory that is left: other programs and the allocator's gaps need some
 _STEPS_LOOKED_AT = 200
+_PARTS_LOOKED_AT = 16  # of the reference pass
 _GAPS, _GAPS_LORA = 0.15, 0.6  # shares of the passes; small weights that live on between large blocks cost the most
 _KERNELS = 100 << 20  # buffers of the libraries that multiply matrices
 _SMALL_SHARE = 0.3  # a rough bound below this share of the room needs no closer look
@@ -196,9 +198,12 @@ def _reference_pass(
     """Peak of weights and one forward pass of the reference, where it is made before training; 0 where it is not."""
     if config.reference_kind != "cached":
         return 0
-    lengths = [policy.computed_tokens(group) for group in groups]
-    cuts = micro_batches(lengths, budget_tokens=2 * budget)
-    fullest = max(cuts, key=lambda cut: sum(lengths[place] for place in cut))
+    lengths = lengths_of(groups).unique_G.tolist()
+    fullest = [max(range(len(groups)), key=lengths.__getitem__)]
+    for start in range(0, min(len(groups), _PARTS_LOOKED_AT * GROUPS_PER_PART), GROUPS_PER_PART):
+        for cut in micro_batches(lengths[start : start + GROUPS_PER_PART], budget_tokens=2 * budget):
+            found_here = [start + place for place in cut]
+            fullest = max(fullest, found_here, key=lambda chosen: sum(lengths[place] for place in chosen))
     policy.model.eval()
     held = ledger.live
     with ledger.peak_of() as found:
