@@ -13,6 +13,7 @@ from prefopt.core.errors import ModelError
 from prefopt.data.encode import TokenGroup
 from prefopt.model.footprint import Ledger, forward_backward, without_data
 from prefopt.model.load import model_config
+from prefopt.model.tables import gradients_into
 from prefopt.pipeline import train_run
 from prefopt.planning import plan_run
 from prefopt.train.plan import Machine, MemoryPlan, changes_that_fit, fitting_budget, largest_micro_batch, plan_memory
@@ -91,7 +92,8 @@ def test_the_passes_of_a_plan_are_those_of_training(
             ledger.enter(master)
             ledger.enter(master.grad)  # type: ignore[arg-type]
         held = ledger.live
-        forward_backward(training.policy, batch)
+        with gradients_into(training.optimizer.table_gradients(training.policy.model)):
+            forward_backward(training.policy, batch)
     assert planned.parts["passes over the largest micro-batch"] == pytest.approx(ledger.peak - held, rel=0.03, abs=4096)
     assert planned.trained == sum(master.numel() for master in training.optimizer.masters.values())
     assert planned.weights == training.policy.model.num_parameters() - (planned.trained if lora else 0)
