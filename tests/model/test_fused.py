@@ -118,20 +118,28 @@ class OtherNorm(nn.Module):
 class OtherMLP(nn.Module):
     """Has the projections of a gated MLP and clamps one of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: float) -> None:
         super().__init__()
+        self.limit = limit
         self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
         self.act_fn = nn.SiLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=0.1) * self.up_proj(x))
+        out: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=self.limit) * self.up_proj(x))
         return out
 
 
-@pytest.mark.parametrize("module", [OtherNorm(), OtherMLP(), nn.LayerNorm(8), nn.Linear(8, 8)])
+@pytest.mark.parametrize("module", [OtherNorm(), OtherMLP(0.1), OtherMLP(20.0), nn.LayerNorm(8), nn.Linear(8, 8)])
 def test_a_module_that_computes_something_else_stays_as_it_is(module: Any) -> None:
     assert fuse(nn.ModuleList([module])).kinds == ()
     assert "forward" not in module.__dict__
+
+
+def test_recognising_draws_no_random_numbers() -> None:
+    model = causal_model("llama")
+    before = torch.get_rng_state()
+    assert fuse(model).kinds
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_forward_that_someone_else_replaced_stays() -> None:

@@ -34,6 +34,7 @@ _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tens
 }
 # w * norm(x), as in Llama; the same multiplied before it is rounded, as in OLMo 2; norm(x) * (1 + w) likewise, as in Gemma.
 _NORM_FORMS = ("scaled", "scaled in fp32", "one-plus")
+_SCALES = torch.logspace(-4, 3, 64)[:, None]  # of probes: a clamp shows at large numbers, an epsilon at small ones
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -168,7 +169,7 @@ def _norm_form(module: Any) -> str | None:
         equal = True
         for dtype in (torch.float32, torch.bfloat16):
             small._parameters = {"weight": nn.Parameter(torch.randn(16, generator=random).to(dtype))}
-            x = (3 * torch.randn(5, 16, generator=random)).to(dtype)
+            x = (_SCALES * torch.randn(len(_SCALES), 16, generator=random)).to(dtype)
             equal &= torch.equal(type(module).forward(small, x), _norm_forward(form)(small, x))
         found = form if equal else found
     return found
@@ -178,10 +179,11 @@ def _norm_form(module: Any) -> str | None:
 def _mlp_activation(module: Any) -> str | None:
     """With which activation the fused form gives this MLP's own results to the bit, on small random projections; None for none."""
     small = copy.copy(module)
-    made = {"gate_proj": nn.Linear(8, 12), "up_proj": nn.Linear(8, 12), "gate_up_proj": nn.Linear(8, 24)}
-    made["down_proj"] = nn.Linear(12, 8)
+    with torch.random.fork_rng(devices=[]):  # loading a model draws nothing from the program's random numbers
+        made = {"gate_proj": nn.Linear(8, 12), "up_proj": nn.Linear(8, 12), "gate_up_proj": nn.Linear(8, 24)}
+        made["down_proj"] = nn.Linear(12, 8)
     small._modules = {name: made.get(name, child) for name, child in module._modules.items()}
-    x = 3 * torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    x = _SCALES * torch.randn(len(_SCALES), 8, generator=torch.Generator().manual_seed(0))
     own = type(module).forward(small, x)
     return next((act for act in _ACTIVATIONS if torch.equal(own, _mlp_forward(act)(small, x))), None)
 
