@@ -110,30 +110,37 @@ class _ChunkedLogProb(torch.autograd.Function):
     ) -> Tensor:
         head = Head(weight_VD, bias_V, scale, softcap)
         chunks = head._chunks(len(hidden_ND))
-        out_N = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
+        out_N, total_N = (torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device) for _ in range(2))
         kept: Tensor | None = None
         for chunk in chunks:
             logits = head._logits(hidden_ND[chunk])
-            total = logits.logsumexp(dim=1)
-            out_N[chunk] = logits.gather(1, target_N[chunk, None])[:, 0] - total
+            total_N[chunk] = logits.logsumexp(dim=1)
+            out_N[chunk] = logits.gather(1, target_N[chunk, None])[:, 0] - total_N[chunk]
             if keep and len(chunks) == 1:
-                kept = logits.sub_(total[:, None]).exp_()
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N)
+                kept = logits.sub_(total_N[:, None]).exp_()
+            del logits  # before the next chunk makes its own
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, total_N)
         ctx.scale, ctx.softcap, ctx.kept = scale, softcap, kept
         return out_N
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         grad_N: Tensor = grads[0]
-        hidden_ND, weight_VD, bias_V, target_N = ctx.saved_tensors
+        hidden_ND, weight_VD, bias_V, target_N, total_N = ctx.saved_tensors
         head = Head(weight_VD, bias_V, ctx.scale, ctx.softcap)
-        softcap = ctx.softcap is not None
         kept, ctx.kept = ctx.kept, None  # used up in place; a second backward computes it again
 
         def gradient_of(chunk: slice) -> Tensor:
             """grad * (onehot - softmax)"""
             logits = head._logits(hidden_ND[chunk]) if kept is None else None
-            gradient = (kept if logits is None else _probabilities(logits, keep_logits=softcap)).mul_(-grad_N[chunk, None])
+            if logits is None:
+                gradient = kept
+            elif ctx.softcap is None:
+                gradient = logits.sub_(total_N[chunk, None]).exp_()
+            else:  # the cap's own gradient needs the logits again
+                gradient = (logits - total_N[chunk, None]).exp_()
+            assert gradient is not None
+            gradient.mul_(-grad_N[chunk, None])
             gradient.scatter_add_(1, target_N[chunk, None], grad_N[chunk, None])
             return head._before_cap(gradient, logits)
 
@@ -172,13 +179,6 @@ class _ChunkedKL(torch.autograd.Function):
             return head._before_cap(gradient, logits)
 
         return *_gradients(ctx, head, hidden_ND, gradient_of), *(None,) * 7
-
-
-def _probabilities(logits: Tensor, *, keep_logits: bool) -> Tensor:
-    """Softmax over the vocabulary, in place of the logits unless they are needed again."""
-    if keep_logits:
-        return torch.softmax(logits, dim=1)
-    return logits.sub_(logits.logsumexp(dim=1, keepdim=True)).exp_()
 
 
 def _add_product(total_VD: Tensor, gradient_NV: Tensor, hidden_ND: Tensor) -> None:
