@@ -192,18 +192,17 @@ def test_a_model_that_cannot_be_followed_is_trained_all_the_same(tmp_path: Path,
     assert fitting_budget(config, architecture, groups, machine(1000)) == 1024
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "tied"), [(torch.float32, True), (torch.bfloat16, False)])
 def test_beyond_the_weights_memory_does_not_grow_with_the_vocabulary(dtype: torch.dtype, tied: bool) -> None:
-    """Eight times the vocabulary, the same passes: at most 10 % more, of a small decoder where a table would be most of it."""
+    """Eight times the vocabulary, the same passes, of a small decoder where a table would be most of it."""
     random = np.random.default_rng(0)
-    groups = [token_group(random, 128, (64, 64)) for _ in range(8)]
-    config = resolve_config({"train": {"precision": "bf16" if dtype == torch.bfloat16 else "fp32", "groups_per_step": 8}})
+    groups = [token_group(random, 128, (64, 64)) for _ in range(12)]  # more than a chunk of logits at either size
+    config = resolve_config({"train": {"precision": "bf16" if dtype == torch.bfloat16 else "fp32", "groups_per_step": 12}})
 
     def passes(vocabulary: int) -> int:
-        shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8}
+        shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}
         architecture = LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=tied, num_key_value_heads=4, **shape)
-        planned = plan_memory(config, architecture, groups, machine(dtype=dtype), micro_batch_tokens=2048)
+        planned = plan_memory(config, architecture, groups, machine(dtype=dtype), micro_batch_tokens=3072)
         return planned.parts["passes over the largest micro-batch"]
 
-    assert passes(2**18) == pytest.approx(passes(2**15), rel=0.1)
+    assert passes(2**18) == pytest.approx(passes(2**15), rel=0.02)

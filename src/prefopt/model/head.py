@@ -209,11 +209,12 @@ def _gradients(
         if grad_bias is not None:
             grad_bias += gradient.sum(dim=0)
         compute = gradient.to(hidden.dtype)
+        del gradient
         if grad_hidden is not None:
             grad_hidden[chunk] = compute @ weight_VD
         if grad_weight is not None:
             _add_product(grad_weight, compute, hidden)
-        del gradient, compute  # before the next chunk makes its own
+        del compute  # before the next chunk makes its own
     weight_out = grad_weight.to(weight_VD.dtype) if grad_weight is not None and total is None else None
     bias_out = grad_bias.to(weight_VD.dtype) if grad_bias is not None else None
     return grad_hidden, weight_out, bias_out
