@@ -219,8 +219,6 @@ def start_training(
         reference_is_initial=own_reference and kind != "none",
     )
     confirm(policy, [min(rows.train.groups[:16], key=lambda group: group.unique_tokens)])  # in the dtype that trains
-    if kind == "none":
-        return training
 
     def other() -> LanguageModel:
         if initial is not None:
@@ -240,8 +238,10 @@ def start_training(
             return reference_model
         return load_model(str(config.reference.model), precision=config.train.precision, for_training=moving)
 
-    training.reference = _reference(config, other, rows)
+    if kind != "none":
+        training.reference = _reference(config, other, rows)
     release_freed_memory()
+    training.optimizer.make_moments()
     return training
 
 

@@ -47,6 +47,12 @@ class Bf16Optimizer:
         """None: sums of micro-batches are rounded stochastically, which is not what adding in place does."""
         return {}
 
+    def make_moments(self) -> None:
+        """Allocate both moments of each weight now, zero."""
+        for name, weight in self.masters.items():
+            if name not in self.moments:
+                self.moments[name] = (torch.zeros_like(weight.detach()), torch.zeros_like(weight.detach()))
+
     @property
     def moment_bytes(self) -> int:
         """Size of both moments."""
@@ -86,9 +92,8 @@ class Bf16Optimizer:
     def step(self, lr: float) -> None:
         """One AdamW update with learning rate `lr`; the gradients are cleared."""
         self.steps += 1
+        self.make_moments()
         for name, weight in self.masters.items():
-            if name not in self.moments:
-                self.moments[name] = (torch.zeros_like(weight), torch.zeros_like(weight))
             self.noise.begin("update", self.steps, name)
             for part in pieces(weight.detach(), self.gradients[name], *self.moments[name]):
                 self._update(*part, lr=lr, decay=self.config.weight_decay if weight.ndim > 1 else 0.0)
@@ -125,7 +130,8 @@ class Bf16Optimizer:
     def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         """Put back weights, moments, step and seed as `state()` gave them."""
         self.steps, self.noise.seed = int(state["step"]), int(state["seed"])
+        self.make_moments()
         for name, weight in self.masters.items():
             weight.copy_(weights[name])
-            first, second = (state[f"{kind}.{name}"].to(weight.device, copy=True) for kind in ("exp_avg", "exp_avg_sq"))
-            self.moments[name] = (first, second)
+            for kind, moment in zip(("exp_avg", "exp_avg_sq"), self.moments[name], strict=True):
+                moment.copy_(state[f"{kind}.{name}"])

@@ -51,6 +51,13 @@ class MasterOptimizer:
         """The optimizer that makes the update."""
         return torch.optim.AdamW(self.groups, **self.options, fused=True)
 
+    def make_moments(self) -> None:
+        """Allocate AdamW's state now, zero: what is made only in the first update lies between that step's activations."""
+        for master in self.masters.values():
+            if not self.adam.state[master]:
+                moments = {kind: torch.zeros_like(master) for kind in ("exp_avg", "exp_avg_sq")}
+                self.adam.state[master] = {"step": torch.zeros((), dtype=torch.float32, device=master.device), **moments}
+
     @property
     def moment_bytes(self) -> int:
         """Size of both moments."""
@@ -121,10 +128,11 @@ class MasterOptimizer:
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         """Put back masters and AdamW's state as `state()` gave them."""
+        self.make_moments()
         for name, master in self.masters.items():
             master.copy_(weights[name])
-            kinds = ("step", "exp_avg", "exp_avg_sq")
-            self.adam.state[master] = {kind: state[f"{kind}.{name}"].to(master.device).clone() for kind in kinds}
+            for kind, value in self.adam.state[master].items():
+                value.copy_(state[f"{kind}.{name}"])
         self.copy_to_model()
 
 
@@ -141,6 +149,12 @@ class EightBitOptimizer(MasterOptimizer):
         return needed("bitsandbytes", extra="memory", option="train.optimizer=adamw_8bit").optim.AdamW8bit(
             self.groups, **self.options
         )
+
+    def make_moments(self) -> None:
+        for group_number, group in enumerate(self.adam.param_groups):
+            for number, master in enumerate(group["params"]):
+                if not self.adam.state[master]:
+                    self.adam.init_state(group, master, group_number, number)
 
     @property
     def moment_bytes(self) -> int:
@@ -165,9 +179,7 @@ class EightBitOptimizer(MasterOptimizer):
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        for group_number, group in enumerate(self.adam.param_groups):
-            for number, master in enumerate(group["params"]):
-                self.adam.init_state(group, master, group_number, number)
+        self.make_moments()
         for name, master in self.masters.items():
             master.copy_(weights[name])
             held = self.adam.state[master]
