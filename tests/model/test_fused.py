@@ -12,7 +12,7 @@ from model.tiny_models import CONFIGS, awkward_groups, causal_model, language_mo
 from prefopt.core.config import LoraConfig
 from prefopt.model.adapters import add_lora
 from prefopt.model.engine import LanguageModel, cast_parameters
-from prefopt.model.fused import EMBEDDING, MLPS, NORMS, fuse
+from prefopt.model.fused import ADAPTERS, EMBEDDING, MLPS, NORMS, fuse
 
 BOTH = (NORMS, MLPS)
 EXPECTED = {
@@ -72,19 +72,67 @@ def test_a_forward_keeps_less(name: str, at_most: float) -> None:
     assert ours < at_most * plain
 
 
-def test_an_adapter_on_the_down_projection_takes_part() -> None:
-    model = language_model("llama")
-    add_lora(model, LoraConfig(r=2, targets=("down_proj", "q_proj")), seed=0)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_is_that_of_peft_in_values_and_gradients(name: str, dtype: torch.dtype) -> None:
+    model = language_model(name)
+    add_lora(model, LoraConfig(r=2, alpha=6.0, targets="all-linear"), seed=0)
+    model.dtype = dtype
+    cast_parameters(model.model, dtype)
+    assert ADAPTERS in model.fused.kinds
     with torch.no_grad():
-        for name, weight in model.model.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(generator=torch.Generator().manual_seed(1))
+        for weight_name, weight in model.model.named_parameters():
+            if "lora_B" in weight_name:
+                weight.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
     ours, our_gradients = gradients(model)
-    with model.fused.plain():
+    with model.fused.without(ADAPTERS):
         plain, plain_gradients = gradients(model)
-    assert torch.equal(ours, plain) and len(our_gradients) == 8
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
+    largest = max(float(gradient.abs().max()) for gradient in plain_gradients)
+    assert largest > 0 and not torch.equal(our_gradients[0], plain_gradients[0])
     for mine, theirs in zip(our_gradients, plain_gradients, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+        assert float((mine - theirs).abs().max()) <= (1e-5 if dtype == torch.float32 else 0.05) * largest
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_an_adapter_keeps_its_input_alone(name: str) -> None:
+    model = language_model(name)
+    before = kept_bytes(model)
+    add_lora(model, LoraConfig(r=8, targets="all-linear"), seed=0)
+    ours = kept_bytes(model)
+    with model.fused.without(ADAPTERS):
+        plain = kept_bytes(model)
+    assert ours <= before < plain
+
+
+@pytest.mark.parametrize("spoil", ["dropout", "hook", "trained base", "another adapter", "switched off"])
+def test_an_adapter_of_another_kind_computes_as_peft_says(spoil: str) -> None:
+    model = language_model("llama")
+    add_lora(model, LoraConfig(r=2, dropout=0.5 if spoil == "dropout" else 0.0, targets=("q_proj",)), seed=0)
+    layer = model.model.model.layers[0].self_attn.q_proj
+    torch.nn.init.normal_(layer.lora_B["default"].weight, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(2))
+    plain = layer(x).detach()
+    if spoil == "hook":
+        layer.base_layer.register_forward_hook(lambda module, given, result: 2 * result)
+        assert torch.equal(layer(x), type(layer).forward(layer, x)) and not torch.equal(layer(x), plain)
+    elif spoil == "trained base":
+        layer.base_layer.weight.requires_grad_(True)
+        layer(x).sum().backward()
+        assert layer.base_layer.weight.grad is not None
+    elif spoil == "another adapter":
+        layer.update_layer("second", 2, 4, config=model.model.peft_config["default"])
+        layer.set_adapter(["default", "second"])
+        torch.nn.init.ones_(layer.lora_B["second"].weight)
+        assert not torch.allclose(layer(x), plain, atol=1e-2)
+    elif spoil == "switched off":
+        layer.enable_adapters(False)
+        assert torch.equal(layer(x), layer.base_layer(x))
+    else:
+        layer.train()
+        torch.manual_seed(0)
+        assert not torch.equal(layer(x), layer(x))
 
 
 def test_gradients_in_float64() -> None:

@@ -23,6 +23,7 @@ from prefopt.core.errors import ConfigError, ModelError, nearest
 from prefopt.core.files import digest
 from prefopt.core.progress import say
 from prefopt.model.engine import LanguageModel
+from prefopt.model.fused import fuse
 from prefopt.model.quantized import packed_names, plain_weight, quantized_layers
 
 _NAME = "default"  # peft's name of the only adapter
@@ -70,6 +71,7 @@ def add_lora(model: LanguageModel, config: LoraConfig, *, seed: int = 0) -> None
             torch.nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=random)  # peft's, but from a seed of our own
             weight.copy_(fresh)
     model.adapter = adapter
+    model.fused = fuse(model.model)
     trained = sum(parameter.numel() for parameter in model.model.parameters() if parameter.requires_grad)
     ends = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in targets))
     say(f"{model.name}: LoRA of rank {config.r} on {len(targets)} layers ({ends}), {trained / 1e6:.2f} M weights train")

@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 from prefopt.core.errors import ModelError
 from prefopt.model import attention
 from prefopt.model.engine import LanguageModel
-from prefopt.model.fused import COMPILED, MLPS, NORMS, fuse
+from prefopt.model.fused import ADAPTERS, COMPILED, MLPS, NORMS, fuse
 
 
 def compile_layers(model: LanguageModel) -> None:
@@ -28,7 +28,7 @@ def compile_layers(model: LanguageModel) -> None:
             f"{model.name}: has no list of decoder layers that could be compiled", todo="Leave train.compile at false."
         )
     AttentionInterface.register(attention.NAME, torch.compiler.disable(attention.attention))
-    for kind in {NORMS, MLPS}.intersection(model.fused.kinds):
+    for kind in {NORMS, MLPS, ADAPTERS}.intersection(model.fused.kinds):
         model.fused.remove(kind)
     programs: dict[type, Callable[..., Any]] = {}
     for layer in layers:

@@ -23,9 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prefopt.model.low_rank import LowRank, looks_like_lora, lora_forward, low_rank_of
 from prefopt.model.tables import embedding_forward, looks_like_embedding
 
 NORMS, MLPS, EMBEDDING, COMPILED = "fused norms", "fused gated MLPs", "direct embedding", "compiled layers"
+ADAPTERS = "fused adapters"
+_OURS = {__name__, lora_forward.__module__, embedding_forward.__module__}  # where forwards put in here are written
 # Each activation with its derivative times a gradient.
 _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "silu": (F.silu, torch.ops.aten.silu_backward),
@@ -94,8 +97,31 @@ class _GatedDown(torch.autograd.Function):
         return derivative(product.mul_(up_TI), gate_TI), grad_up, grad_weight, grad_bias, None
 
 
+class _GatedLowRank(torch.autograd.Function):
+    """The same where the down projection has a LoRA adapter."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gate_TI: Tensor, up_TI: Tensor, a_RI: Tensor, b_DR: Tensor, base: Any, scale: float, act: str
+    ) -> Tensor:
+        ctx.save_for_backward(gate_TI, up_TI, a_RI, b_DR)
+        ctx.base, ctx.scale, ctx.act = base, scale, act
+        return LowRank(a_RI, b_DR, base, scale).output(_ACTIVATIONS[act][0](gate_TI) * up_TI)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        gate_TI, up_TI, a_RI, b_DR = ctx.saved_tensors
+        activation, derivative = _ACTIVATIONS[ctx.act]
+        active = activation(gate_TI)
+        down = LowRank(a_RI, b_DR, ctx.base, ctx.scale)
+        product, grad_a, grad_b = down.gradients(grads[0], active * up_TI, (True, *ctx.needs_input_grad[2:4]))
+        assert product is not None
+        grad_up = active.mul_(product)
+        return derivative(product.mul_(up_TI), gate_TI), grad_up, grad_a, grad_b, None, None, None
+
+
 class _Gated(torch.autograd.Function):
-    """`act(gate) * up` alone, in front of a down projection that is more than one matrix product (LoRA, quantised)."""
+    """`act(gate) * up` alone, in front of a down projection of another kind."""
 
     @staticmethod
     def forward(ctx: Any, gate_TI: Tensor, up_TI: Tensor, act: str) -> Tensor:
@@ -121,6 +147,7 @@ def _norm_forward(form: str) -> Callable[[Any, Tensor], Tensor]:
 
 def _mlp_forward(act: str) -> Callable[[Any, Tensor], Tensor]:
     gated_down: Callable[..., Tensor] = _GatedDown.apply
+    gated_low_rank: Callable[..., Tensor] = _GatedLowRank.apply
     gated: Callable[..., Tensor] = _Gated.apply
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -131,6 +158,10 @@ def _mlp_forward(act: str) -> Callable[[Any, Tensor], Tensor]:
         down = self.down_proj
         if type(down) is nn.Linear and not down._forward_hooks and not down._forward_pre_hooks:
             return gated_down(gate, up, down.weight, down.bias, act)
+        if getattr(down.__dict__.get("forward"), "__func__", None) is lora_forward and not down._forward_hooks:
+            low_rank = low_rank_of(down, gate.dtype)
+            if low_rank is not None:
+                return gated_low_rank(gate, up, low_rank.a_RI, low_rank.b_OR, low_rank.base, low_rank.scale, act)
         hidden: Tensor = down(gated(gate, up, act))
         return hidden
 
@@ -233,13 +264,16 @@ class FusedModules:
 
 def fuse(model: Any) -> FusedModules:
     """Give every norm and gated MLP of `model` that is known to agree its fused forward, in place; the others stay."""
-    found: dict[str, list[tuple[nn.Module, Callable[..., Tensor]]]] = {NORMS: [], MLPS: [], EMBEDDING: []}
+    found: dict[str, list[tuple[nn.Module, Callable[..., Tensor]]]] = {NORMS: [], MLPS: [], ADAPTERS: [], EMBEDDING: []}
     known: dict[tuple[Any, ...], Callable[..., Tensor] | None] = {}
     for module in model.modules():
         ours = getattr(module.__dict__.get("forward"), "__func__", None)
-        if "forward" in module.__dict__ and getattr(ours, "__module__", None) not in (__name__, embedding_forward.__module__):
+        if "forward" in module.__dict__ and getattr(ours, "__module__", None) not in _OURS:
             continue  # someone else has replaced it
         module.__dict__.pop("forward", None)
+        if looks_like_lora(module):
+            found[ADAPTERS].append((module, lora_forward))
+            continue
         kind = NORMS if _looks_like_norm(module) else MLPS if _looks_like_mlp(module) else None
         if kind is None:
             continue

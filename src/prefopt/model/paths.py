@@ -17,11 +17,12 @@ from prefopt.model import attention
 from prefopt.model.batch import Batch
 from prefopt.model.compiled import give_up_compiling
 from prefopt.model.engine import GRADIENT_TOLERANCE, TOLERANCE, LanguageModel
-from prefopt.model.fused import COMPILED, EMBEDDING, MLPS, NORMS
+from prefopt.model.fused import ADAPTERS, COMPILED, EMBEDDING, MLPS, NORMS
 
 _ABOUT = {
     NORMS: "RMS norms that keep their input only for backward",
     MLPS: "MLPs that keep their two projections only for backward",
+    ADAPTERS: "LoRA layers that add their product into their base's output",
     EMBEDDING: "an embedding whose gradient is added where the optimizer keeps it",
     COMPILED: "decoder layers through torch.compile",
 }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from prefopt.model.layout import active_layout, use_layout
+from prefopt.model.low_rank import results_kept
 
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 # Products of two matrices. Batched ones are those of attention written out, whose T x T results are larger than all else.
@@ -22,8 +23,10 @@ def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Checkpoi
 
 
 @contextmanager
-def _both(first: AbstractContextManager[Any], second: AbstractContextManager[Any]) -> Iterator[None]:
-    with first, second:
+def _all(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
         yield
 
 
@@ -39,6 +42,6 @@ def recompute_contexts(*, selective: bool) -> Callable[[], Contexts]:
         if not selective:
             return nullcontext(), layout
         forward, again = create_selective_checkpoint_contexts(_policy)
-        return forward, _both(again, layout)
+        return _all(forward, results_kept()), _all(again, results_kept(), layout)
 
     return contexts

@@ -1,7 +1,7 @@
 """What a run will need before it starts: memory by part, whether it fits, what would make it fit, and the work to do.
 
-Sizes are in bytes. The largest micro-batch of the run goes forward and backward through the real code on tensors without
-data (prefopt.model.footprint), with masters and gradients in place.
+Sizes are in bytes. The largest micro-batch of the run, and the one after it in its step, go forward and backward through the
+real code on tensors without data (prefopt.model.footprint), with the masters in place.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def plan_memory(
 def _counted(
     config: RunConfig, model_config: Any, groups: Sequence[TokenGroup], machine: Machine, micro_batch_tokens: int
 ) -> MemoryPlan:
-    largest = largest_micro_batch(config, groups, micro_batch_tokens)
+    fullest = fullest_micro_batches(config, groups, micro_batch_tokens)
     lora = config.model.lora
     policy = model_without_weights(
         model_config,
@@ -143,14 +143,14 @@ def _counted(
         policy.model.train()
         set_activations(policy, config.train, without_data=True)
         optimizer = make_optimizer(policy.model, config.train, machine.dtype)
-        if isinstance(optimizer, MasterOptimizer):
-            for master in optimizer.masters.values():
-                master.grad = torch.zeros_like(master) if master.grad is None else master.grad
         trained = sum(master.numel() for master in optimizer.masters.values())
         held = ledger.live
+        if isinstance(optimizer, MasterOptimizer) and not optimizer.keeps_gradients:
+            held += 4 * trained  # they come with the first backward pass, while activations go
         with ledger.peak_of() as passes:
-            with gradients_into(optimizer.table_gradients(policy.model)):
-                forward_backward(policy, policy.batch(largest))
+            for micro_batch in fullest:
+                with gradients_into(optimizer.table_gradients(policy.model)):
+                    forward_backward(policy, policy.batch(micro_batch))
         loaded = 4 * (weights - quantized[0]) + quantized[1]
         reference_peak = _reference_pass(config, policy, groups, ledger, micro_batch_tokens, loaded)
     size = machine.dtype.itemsize
@@ -167,7 +167,7 @@ def _counted(
         process=machine.process,
         reference_pass=reference_peak,
         micro_batch_tokens=micro_batch_tokens,
-        largest=sum(policy.computed_tokens(group) for group in largest),
+        largest=sum(policy.computed_tokens(group) for group in fullest[0]),
         trained=trained,
         weights=weights,
     )
@@ -212,21 +212,29 @@ def _reference_pass(
     return found[0] - held + weight_bytes + (trained if config.model.lora is not None else 0)
 
 
-def largest_micro_batch(config: RunConfig, groups: Sequence[TokenGroup], micro_batch_tokens: int) -> list[TokenGroup]:
-    """The micro-batch with the most tokens among the first steps of the run, or the longest group if that has more."""
+def fullest_micro_batches(config: RunConfig, groups: Sequence[TokenGroup], micro_batch_tokens: int) -> list[list[TokenGroup]]:
+    """The micro-batch with the most tokens among the first steps of the run, or the longest group if that has more, and the
+    largest that comes after it in its step, if one does."""
     train = config.train
     lengths = lengths_of(groups).unique_G.tolist()
     total = train.max_steps * train.groups_per_step if train.max_steps is not None else round(len(groups) * train.epochs)
     steps = total_steps(len(groups), epochs=train.epochs, groups_per_step=train.groups_per_step, max_steps=train.max_steps)
-    best = [max(range(len(groups)), key=lengths.__getitem__)]
+    best = [[max(range(len(groups)), key=lengths.__getitem__)]]
+
+    def tokens_of(places: Sequence[int]) -> int:
+        return sum(lengths[place] for place in places)
+
     for step in range(min(steps, _STEPS_LOOKED_AT)):
         places = groups_of_step(
             step, groups=len(groups), groups_per_step=train.groups_per_step, total_groups=total, seed=config.data.seed
         )
-        for cut in micro_batches([lengths[place] for place in places], budget_tokens=micro_batch_tokens):
-            found = [places[number] for number in cut]
-            best = max(best, found, key=lambda chosen: sum(lengths[place] for place in chosen))
-    return [groups[place] for place in best]
+        cuts = micro_batches([lengths[place] for place in places], budget_tokens=micro_batch_tokens)
+        found = [[places[number] for number in cut] for cut in cuts]
+        first = max(range(len(found)), key=lambda number: tokens_of(found[number]))
+        best = max(
+            best, [found[first], *sorted(found[first + 1 :], key=tokens_of)[-1:]], key=lambda two: [*map(tokens_of, two)]
+        )
+    return [[groups[place] for place in places] for places in best]
 
 
 def fitting_budget(config: RunConfig, model_config: Any, groups: Sequence[TokenGroup], machine: Machine) -> int:
