@@ -62,7 +62,7 @@ def skip_where_unsupported(backend: str, inputs: tuple[Tensor, ...], softcap: fl
         pytest.skip(reason)
 
 
-def check(
+def deviations(
     backend: str,
     shapes: list[tuple[int, tuple[int, ...]]],
     window: int | None,
@@ -72,7 +72,8 @@ def check(
     size: int,
     softcap: float | None = None,
     sinks: bool = False,
-) -> None:
+) -> dict[str, float]:
+    """How far output and gradients are from the definition in float64, by name, as a share of what the dtype allows."""
     layout = layout_of(shapes)
     inputs = tensors(layout, heads=heads, size=size, dtype=dtype, device="cuda")
     if sinks:
@@ -87,13 +88,13 @@ def check(
         found = with_gradients(follow, inputs, layout, window, s_aux=inputs[3] if sinks else None, **options)
     assert attention.calls - before == {backend: 1}
     names = ["output", "query", "key", "value", "sinks"]
+    shares = {}
     for name, ours, theirs in zip(names, found, wanted, strict=False):
         assert ours.dtype == dtype and ours.shape == theirs.shape and bool(ours.isfinite().all()), name
-        if not theirs.any():  # a window of one: the only key has all weight, whatever its score
-            continue
-        bound = BOUNDS[dtype][0 if name == "output" else 1]
-        worst = float((ours.double() - theirs).abs().max()) / float(theirs.abs().max())
-        assert worst < bound, f"{backend} {name}: {worst:.3g} of the largest, window {window}, at most {bound}"
+        if theirs.any():  # in a window of one the only key has all weight, whatever its score
+            worst = float((ours.double() - theirs).abs().max()) / float(theirs.abs().max())
+            shares[name] = worst / BOUNDS[dtype][0 if name == "output" else 1]
+    return shares
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -114,14 +115,16 @@ def test_a_backend_is_the_definition_in_values_and_gradients(
 ) -> None:
     for shapes in (LONG, SHORT):
         for window in WINDOWS:
-            check(backend, shapes, window, dtype, heads=heads, size=size)
+            shares = deviations(backend, shapes, window, dtype, heads=heads, size=size)
+            assert max(shares.values()) < 1, (shares, window, shapes)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("softcap", "sinks"), [(4.0, False), (None, True), (4.0, True)], ids=["cap", "sinks", "both"])
 def test_soft_caps_and_sinks(backend: str, softcap: float | None, sinks: bool) -> None:
     for window in (None, 7):
-        check(backend, LONG, window, torch.bfloat16, heads=(4, 2), size=64, softcap=softcap, sinks=sinks)
+        shares = deviations(backend, LONG, window, torch.bfloat16, heads=(4, 2), size=64, softcap=softcap, sinks=sinks)
+        assert max(shares.values()) < 1, (shares, window)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -175,13 +178,15 @@ def test_after_the_first_layer_nothing_waits_for_the_gpu(backend: str) -> None:
     skip_where_unsupported(backend, inputs)
     weights = torch.ones(1, layout.tokens, 8, 64, device="cuda", dtype=torch.bfloat16)
     with attention.use_backend(backend):
-        torch.autograd.grad((follow(*inputs, layout, None) * weights).sum(), inputs)
+        first = torch.autograd.grad((follow(*inputs, layout, None) * weights).sum(), inputs)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
-        try:
-            torch.autograd.grad((follow(*inputs, layout, None) * weights).sum(), inputs)
+        try:  # whatever waits raises here
+            again = torch.autograd.grad((follow(*inputs, layout, None) * weights).sum(), inputs)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    for one, other in zip(first, again, strict=True):
+        assert torch.allclose(one, other, rtol=0.02, atol=1e-3)  # the flash kernel adds in no fixed order
 
 
 def small_model(dtype: torch.dtype) -> LanguageModel:

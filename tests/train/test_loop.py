@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from prefopt.core.config import TrainConfig
 from prefopt.core.errors import TrainingError
 from prefopt.data.encode import TokenGroup
 from prefopt.model.reference import Logps
+from prefopt.train.gradients import Gradients
 from prefopt.train.loop import Training
 from prefopt.train.optimizer import learning_rate
 from train.tiny_objectives import run
@@ -263,3 +265,29 @@ def test_identical_rows_count_by_the_step_and_not_by_the_row(tmp_path: Path) -> 
         {name: master.grad for name, master in twice.optimizer.masters.items()},  # type: ignore[misc]
         1e-5,
     )
+
+
+class Mark:
+    """Something that can be looked at from afar."""
+
+
+@pytest.mark.parametrize("loss", [{"name": "dpo"}, {"name": "aot"}])
+def test_no_graph_outlives_its_micro_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: dict[str, Any]) -> None:
+    """What a graph consists of is small and lies between the activations: the next one's would find no room of their size."""
+    training = tiny_training(tiny_config(tmp_path, loss=loss, train={"micro_batch_tokens": 64, "groups_per_step": 8}))
+    measure = Gradients._measure
+    graphs: list[Any] = []
+    alive: list[int] = []
+
+    def watched(self: Gradients, *given: Any) -> Any:
+        alive.append(sum(graph() is not None for graph in graphs))
+        seen = measure(self, *given)
+        for node in (leaf.grad_fn for leaf in seen.differentiable if leaf.grad_fn is not None):
+            node.metadata["mark"] = mark = Mark()  # lives as long as the node does
+            graphs.append(weakref.ref(mark))
+            del mark
+        return seen
+
+    monkeypatch.setattr(Gradients, "_measure", watched)
+    training.accumulate_gradients(training.groups_of(0))
+    assert len(graphs) >= 3 and set(alive) == {0}

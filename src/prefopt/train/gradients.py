@@ -10,7 +10,7 @@ Shapes: G groups, S responses, N scored tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -53,12 +53,10 @@ class Gradients:
             outcomes = [self._through_whole_step([[groups[place] for place in cut] for cut in cuts], totals, mismatch)]
             cuts = [[place for cut in cuts for place in cut]]
         else:
-            outcomes = []
-            for number, cut in enumerate(cuts):
-                seen = self._measure([groups[place] for place in cut], mismatch, number)
-                outcome = self.objective(seen, totals=totals, learn=True)
-                outcome.loss.backward()
-                outcomes.append(outcome)
+            outcomes = [
+                self._through_micro_batch([groups[place] for place in cut], totals, mismatch, number)
+                for number, cut in enumerate(cuts)
+            ]
         return self._values(groups, cuts, outcomes, mismatch)
 
     @torch.no_grad()
@@ -72,6 +70,14 @@ class Gradients:
 
     def _cut(self, groups: Sequence[TokenGroup], budget_tokens: int) -> list[list[int]]:
         return micro_batches([self.policy.computed_tokens(group) for group in groups], budget_tokens=budget_tokens)
+
+    def _through_micro_batch(
+        self, groups: Sequence[TokenGroup], totals: Sequence[float], mismatch: float | None, number: int
+    ) -> Outcome:
+        """Its loss is detached: a graph that lived on would lie, in small pieces, all over the room of the next one's activations."""
+        outcome = self.objective(self._measure(groups, mismatch, number), totals=totals, learn=True)
+        outcome.loss.backward()
+        return replace(outcome, loss=outcome.loss.detach())
 
     def _through_whole_step(
         self, parts: Sequence[Sequence[TokenGroup]], totals: Sequence[float], mismatch: float | None
@@ -90,6 +96,7 @@ class Gradients:
         for number, (part, grads) in enumerate(zip(parts, zip(*pieces, strict=True), strict=True)):
             again = self._measure(part, mismatch, number).differentiable
             torch.autograd.backward([again[place] for place in used], list(grads))
+            del again
         return outcome
 
     def _measure(self, groups: Sequence[TokenGroup], mismatch: float | None, number: int | None = None) -> Measured:
