@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 _BLOCKS = """
-from prefopt import load_model
-import torch
+import prefopt.model, torch
 print([torch.empty(12_345_678 + size).data_ptr() % 4096 for size in range(0, 100_000, 10_001)])
 """
 

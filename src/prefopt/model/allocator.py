@@ -14,6 +14,7 @@ from pathlib import Path
 
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_RETURNED = 64 << 20  # larger blocks, of which a pass makes few, go back: freed, they would fit nothing but each other
 _kept = False
 
 
@@ -21,14 +22,14 @@ def align_to_pages() -> None:
     """Ask torch for blocks of 2 MiB and more in whole pages, huge ones where the system has them; Linux only.
 
     torch reads its variable at its first allocation, and a value that is set already stands. SmolLM2-135M with
-    micro-batches of 2,048 tokens peaks at 4.5 instead of 5.2 GiB, in the same time (benchmarks/RESULTS.md).
+    micro-batches of 2,048 tokens peaks at 4.4 instead of 5.0 GiB, in the same time (benchmarks/RESULTS.md).
     """
     if _HUGE_PAGES.exists():  # without them torch would warn
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to reuse large freed blocks instead of returning them to the system; elsewhere nothing happens.
+    """Tell glibc to reuse freed blocks of up to 64 MiB instead of returning them to the system; elsewhere nothing happens.
 
     Activations are allocated and freed in every layer. By default glibc maps each large block anew and the kernel zeroes
     it page by page: a step of SmolLM2-135M on two cores takes 1.27 times as long (benchmarks/RESULTS.md). The peak is
@@ -38,7 +39,7 @@ def keep_freed_memory() -> None:
     if _kept or platform.libc_ver()[0] != "glibc":
         return
     library = ctypes.CDLL(None)
-    library.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+    library.mallopt(_M_MMAP_THRESHOLD, _RETURNED)
     library.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
     _kept = True
 

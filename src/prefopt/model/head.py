@@ -72,12 +72,25 @@ class Head:
         rows = max(1, _CHUNK_LOGITS // len(self.weight))
         return [slice(start, start + rows) for start in range(0, positions, rows)]
 
-    def _logits(self, hidden_ND: Tensor) -> Tensor:
-        """Logits of one chunk in fp32, a tensor of its own."""
-        logits = torch.nn.functional.linear(hidden_ND, self.weight, self.bias).float()
+    def _logits(self, hidden_ND: Tensor, room: Tensor | None = None) -> Tensor:
+        """Logits of one chunk in fp32, in the first rows of `room` or in a tensor of their own."""
+        if room is None:
+            logits = torch.nn.functional.linear(hidden_ND, self.weight, self.bias).float()
+        elif hidden_ND.dtype != room.dtype:
+            logits = room[: len(hidden_ND)].copy_(torch.nn.functional.linear(hidden_ND, self.weight, self.bias))
+        elif self.bias is None:
+            logits = torch.mm(hidden_ND, self.weight.T, out=room[: len(hidden_ND)])
+        else:
+            logits = torch.addmm(self.bias, hidden_ND, self.weight.T, out=room[: len(hidden_ND)])
         if self.scale != 1.0:
-            logits = logits * self.scale
-        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap is not None else logits
+            logits.mul_(self.scale)
+        return logits.div_(self.softcap).tanh_().mul_(self.softcap) if self.softcap is not None else logits
+
+    def _room(self, chunks: list[slice], device: torch.device) -> Tensor | None:
+        """Place for the logits of each of several chunks in turn: made anew, blocks of this size would lie side by side."""
+        if len(chunks) < 2:
+            return None
+        return torch.empty(chunks[0].stop, len(self.weight), dtype=torch.float32, device=device)
 
     def _before_cap(self, gradient: Tensor, logits: Tensor | None) -> Tensor:
         """Gradient in the logits -> gradient in h W^T + b. `gradient` is used up; `logits` matter under a soft cap only."""
@@ -112,15 +125,20 @@ class _ChunkedLogProb(torch.autograd.Function):
         chunks = head._chunks(len(hidden_ND))
         out_N, total_N = (torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device) for _ in range(2))
         kept: Tensor | None = None
+        room = head._room(chunks, hidden_ND.device)
         for chunk in chunks:
-            logits = head._logits(hidden_ND[chunk])
-            total_N[chunk] = logits.logsumexp(dim=1)
-            out_N[chunk] = logits.gather(1, target_N[chunk, None])[:, 0] - total_N[chunk]
+            logits = head._logits(hidden_ND[chunk], room)
+            of_target = logits.gather(1, target_N[chunk, None])[:, 0]
+            largest = logits.amax(dim=1)
+            sums = logits.sub_(largest[:, None]).exp_().sum(dim=1)  # torch.logsumexp makes a second tensor of this size
+            total_N[chunk] = sums.log().add_(largest)
+            out_N[chunk] = of_target - total_N[chunk]
             if keep and len(chunks) == 1:
-                kept = logits.sub_(total_N[:, None]).exp_()
+                kept = logits.div_(sums[:, None])
             del logits  # before the next chunk makes its own
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, total_N)
         ctx.scale, ctx.softcap, ctx.kept = scale, softcap, kept
+        ctx.room = room if any(ctx.needs_input_grad) else None
         return out_N
 
     @staticmethod
@@ -129,10 +147,13 @@ class _ChunkedLogProb(torch.autograd.Function):
         hidden_ND, weight_VD, bias_V, target_N, total_N = ctx.saved_tensors
         head = Head(weight_VD, bias_V, ctx.scale, ctx.softcap)
         kept, ctx.kept = ctx.kept, None  # used up in place; a second backward computes it again
+        room, ctx.room = ctx.room, None
+        if room is None:
+            room = head._room(head._chunks(len(hidden_ND)), hidden_ND.device)
 
         def gradient_of(chunk: slice) -> Tensor:
             """grad * (onehot - softmax)"""
-            logits = head._logits(hidden_ND[chunk]) if kept is None else None
+            logits = head._logits(hidden_ND[chunk], room) if kept is None else None
             if logits is None:
                 gradient = kept
             elif ctx.softcap is None:
