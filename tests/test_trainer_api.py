@@ -103,6 +103,7 @@ def test_the_trained_model_loads_in_plain_transformers_with_the_same_logits(tmp_
     assert any(not torch.equal(value, before[name]) for name, value in load_file(folder / "model.safetensors").items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("bf16", [True, False])
 def test_a_checkpoint_holds_fp32_masters_and_a_tied_weight_once(tmp_path: Path, tied: bool, bf16: bool) -> None:

@@ -52,6 +52,7 @@ def test_carried_wheels_are_installed_and_a_broken_one_stops_no_other(
     assert found.stdout == "7\n"
 
 
+@pytest.mark.slow
 def test_a_part_that_hangs_is_stopped_with_everything_that_it_started(gpu_check: Any, tmp_path: Path) -> None:
     inner = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
     outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"

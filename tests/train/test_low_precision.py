@@ -225,6 +225,7 @@ def test_moments_take_the_bytes_that_are_promised(kind: str, each: float) -> Non
     assert held == (2 if kind == "adamw_bf16" else 4) * (256 + 1) * 128
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param("adamw_8bit", marks=needs_bitsandbytes), "adamw_bf16"])
 def test_a_resumed_run_equals_the_unbroken_one(tmp_path: Path, kind: str) -> None:
     torch.set_num_threads(1)
@@ -236,6 +237,7 @@ def test_a_resumed_run_equals_the_unbroken_one(tmp_path: Path, kind: str) -> Non
     assert_same_run(train_run(config, resume=True), whole)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_masters_is_a_bf16_model(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -37,6 +37,7 @@ def limit(training: Training, tokens: int, *, error: type[Exception] = RuntimeEr
     return tried
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sections", "error"),
     [

@@ -105,6 +105,7 @@ def test_the_passes_of_a_plan_are_those_of_training(
     assert planned.weights == training.policy.model.num_parameters() - (planned.trained if lora else 0)
 
 
+@pytest.mark.slow
 def test_the_parts_add_up(tmp_path: Path) -> None:
     whole = plan(tmp_path)
     assert whole.parts["weights, fp32"] == whole.parts["gradients, fp32"] == 4 * whole.weights
@@ -127,6 +128,7 @@ def test_the_parts_add_up(tmp_path: Path) -> None:
     assert 0 < whole.reference_pass < sum(whole.parts.values())
 
 
+@pytest.mark.slow
 def test_a_larger_budget_takes_more_and_recomputing_less(tmp_path: Path) -> None:
     passes = [plan(tmp_path, tokens=tokens).parts["passes over the largest micro-batch"] for tokens in (60, 120, 240)]
     assert passes == sorted(set(passes))
@@ -164,6 +166,7 @@ def test_changes_are_those_that_fit(tmp_path: Path) -> None:
     assert list(changes_that_fit(config, architecture, groups, machine(1000))) == []
 
 
+@pytest.mark.slow
 def test_auto_is_saved_as_the_number_that_it_became(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(tmp_path, train={"max_steps": 1, "groups_per_step": 20})
     assert config.train.micro_batch_tokens == "auto"

@@ -163,6 +163,7 @@ def test_every_reference_is_the_quantised_base(tmp_path: Path, kind: str, refere
         assert f"-{kind}-float32-cpu" in start["reference"], "part of the key of every entry"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_equals_the_unbroken_one(tmp_path: Path, kind: str) -> None:
     unbroken = train_run(config_of(tmp_path, kind, "unbroken", lora={"dropout": 0.1}, precision="bf16"))
@@ -174,6 +175,7 @@ def test_a_resumed_run_equals_the_unbroken_one(tmp_path: Path, kind: str) -> Non
     assert losses(run) == losses(unbroken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_saved_computes_what_was_trained(tmp_path: Path, kind: str) -> None:
     """The adapter with its base loaded, the merged checkpoint, and the policy in memory: the same numbers."""
@@ -218,6 +220,7 @@ def test_what_cannot_be_quantised_is_refused(tmp_path: Path) -> None:
         load_model(str(tmp_path / "packed"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_plan_counts_quantised_weights_and_their_products(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:

@@ -16,7 +16,7 @@ from prefopt.core.errors import ModelError
 from prefopt.model.tables import sum_of
 
 _CHUNK_LOGITS = 2**25  # logits held at once: 128 MiB in fp32
-_SLICE_NUMBERS = 2**24  # numbers of the head's gradient made at once in bf16: 32 MiB
+_SLICE_NUMBERS = 2**22  # numbers of the head's gradient made at once in bf16: 8 MiB
 
 
 @dataclass(frozen=True, slots=True)
