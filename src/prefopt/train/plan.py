@@ -34,7 +34,7 @@ FIRST_TRIED = {"cpu": MICRO_BATCH_TOKENS, "cuda": 16384, "mps": 4096}  # fast on
 SAFE_SHARE = 0.9  # of the memory that is left: other programs and the allocator's gaps need some
 _STEPS_LOOKED_AT = 200
 _PARTS_LOOKED_AT = 16  # of the reference pass
-_GAPS, _GAPS_LORA = 0.15, 0.6  # shares of the passes; small weights that live on between large blocks cost the most
+_GAPS = 0.15  # share of the passes
 _KERNELS = 100 << 20  # buffers of the libraries that multiply matrices
 _SMALL_SHARE = 0.3  # a rough bound below this share of the room needs no closer look
 
@@ -159,7 +159,7 @@ def _counted(
         **_weight_parts(config, size, weights - quantized[0], trained),
         "AdamW moments": optimizer.moment_bytes,
         "passes over the largest micro-batch": max(passes[0] - held, optimizer.update_bytes),  # an update comes after them
-        "gaps between them": _gaps(passes[0] - held, machine, lora=lora is not None),
+        "gaps between them": _gaps(passes[0] - held, machine),
         "reference model": weights * {"live": size, "tr-dpo": 4, "ema": 4}.get(config.reference_kind, 0),
     }
     return MemoryPlan(
@@ -185,11 +185,11 @@ def _weight_parts(config: RunConfig, size: int, weights: int, trained: int) -> d
     }
 
 
-def _gaps(passes: int, machine: Machine, *, lora: bool) -> int:
+def _gaps(passes: int, machine: Machine) -> int:
     """What the CPU's allocator loses between blocks that come and go, by measurement (benchmarks/RESULTS.md)."""
     if machine.device.type != "cpu":
         return 0
-    return int(_GAPS_LORA * passes if lora else _GAPS * passes) + _KERNELS
+    return int(_GAPS * passes) + _KERNELS
 
 
 def _reference_pass(
@@ -213,28 +213,27 @@ def _reference_pass(
 
 
 def fullest_micro_batches(config: RunConfig, groups: Sequence[TokenGroup], micro_batch_tokens: int) -> list[list[TokenGroup]]:
-    """The micro-batch with the most tokens among the first steps of the run, or the longest group if that has more, and the
-    largest that comes after it in its step, if one does."""
+    """Of the first steps of the run the micro-batch with the most tokens, or the longest group if that has more, and the
+    largest of those that are not the first of their step, which meet its gradients; without that where steps have only one."""
     train = config.train
     lengths = lengths_of(groups).unique_G.tolist()
     total = train.max_steps * train.groups_per_step if train.max_steps is not None else round(len(groups) * train.epochs)
     steps = total_steps(len(groups), epochs=train.epochs, groups_per_step=train.groups_per_step, max_steps=train.max_steps)
-    best = [[max(range(len(groups)), key=lengths.__getitem__)]]
 
     def tokens_of(places: Sequence[int]) -> int:
         return sum(lengths[place] for place in places)
 
+    first = [max(range(len(groups)), key=lengths.__getitem__)]
+    later: list[int] = []
     for step in range(min(steps, _STEPS_LOOKED_AT)):
         places = groups_of_step(
             step, groups=len(groups), groups_per_step=train.groups_per_step, total_groups=total, seed=config.data.seed
         )
         cuts = micro_batches([lengths[place] for place in places], budget_tokens=micro_batch_tokens)
         found = [[places[number] for number in cut] for cut in cuts]
-        first = max(range(len(found)), key=lambda number: tokens_of(found[number]))
-        best = max(
-            best, [found[first], *sorted(found[first + 1 :], key=tokens_of)[-1:]], key=lambda two: [*map(tokens_of, two)]
-        )
-    return [[groups[place] for place in places] for places in best]
+        first = max(first, *found, key=tokens_of)
+        later = max(later, *found[1:], key=tokens_of) if found[1:] else later
+    return [[groups[place] for place in places] for places in (first, later) if places]
 
 
 def fitting_budget(config: RunConfig, model_config: Any, groups: Sequence[TokenGroup], machine: Machine) -> int:
