@@ -1,7 +1,7 @@
 """What a run will need before it starts: memory by part, whether it fits, what would make it fit, and the work to do.
 
-Sizes are in bytes. The largest micro-batch of the run, and the one after it in its step, go forward and backward through the
-real code on tensors without data (prefopt.model.footprint), with the masters in place.
+Sizes are in bytes. The largest micro-batch of the run, and the largest that meets the gradients of one before it, go forward
+and backward through the real code on tensors without data (prefopt.model.footprint), with the masters in place.
 """
 
 from __future__ import annotations
