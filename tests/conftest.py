@@ -8,10 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from prefopt.core import progress
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: workers share the cores
+
+settings.register_profile("untimed", deadline=None)  # a busy machine makes no property false
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session", autouse=True)

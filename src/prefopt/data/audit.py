@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from itertools import combinations
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prefopt.core.files import digest
 from prefopt.core.statistics import wilson
 from prefopt.data.encode import TokenSet
 from prefopt.data.feedback_audit import feedback_lines, feedback_summary
-from prefopt.data.groups import BadRow, Group, GroupSet, Turn
+from prefopt.data.groups import BadRow, GroupSet
+from prefopt.data.repeats import EXAMPLES, GroupKeys, contradictions, duplicates, leakage
 from prefopt.data.tokens import feedbacks_of, lengths_of
 
-EXAMPLES = 3
 HISTOGRAM_BINS = 24
 
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -34,19 +32,23 @@ def audit(
     result counts the groups with token ids, before the budget. With `against` (the held-out rows, or the training rows of
     held-out ones) `leakage` counts what is in both, compared character for character.
     """
+    keys, leaked = GroupKeys.of(groups.groups), None
+    if against is not None:
+        others = GroupKeys.of(against.groups)
+        leaked = {"against": against.name, **leakage(groups.groups, keys, against.groups, others)}
     return {
         "data": groups.name,
         "shape": groups.shape,
         "rows": groups.rows,
         "groups": len(tokens.groups),
         "refused": _refused(list(dict.fromkeys((*groups.bad, *tokens.bad)))),
-        "duplicates": _duplicates(groups.groups),
-        "contradictions": _contradictions(groups.groups),
+        "duplicates": duplicates(groups.groups, keys),
+        "contradictions": contradictions(groups.groups, keys),
         "tokens": _token_lengths(tokens),
         "truncation": _truncation(tokens, budget, on_overlong),
         "feedback": feedback_summary(tokens),
         "length_bias": length_bias(*_pair_lengths(tokens, ties=False)),
-        "leakage": None if against is None else _leakage(groups, against),
+        "leakage": leaked,
         "special_text": {"rows": len(tokens.special_text), "examples": list(tokens.special_text[:EXAMPLES])},
     }
 
@@ -57,75 +59,6 @@ def _refused(bad: Sequence[BadRow]) -> dict[str, Any]:
         by_reason[str(row.reason)].append(str(row))
     ordered = sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0]))
     return {reason: {"count": len(rows), "examples": rows[:EXAMPLES]} for reason, rows in ordered}
-
-
-def _text_key(turns: Sequence[Turn]) -> str:
-    return digest(*(part for turn in turns for part in (turn.role, turn.content, turn.tool_calls)))
-
-
-def _prompt_key(group: Group) -> str:
-    return digest(_text_key(group.prompt), group.tools)
-
-
-def preferences(group: Group) -> Iterator[tuple[str, str]]:
-    """(better, worse) of the group's responses, as digests. A label compares its response with "", that is with none."""
-    keys = [_text_key(response) for response in group.responses]
-    feedback = group.feedback
-    if feedback.kind == "pair" and not feedback.tie:
-        yield keys[0], keys[1]
-    elif feedback.kind == "label":
-        yield (keys[0], "") if feedback.label else ("", keys[0])
-    elif feedback.kind in ("ranking", "scores"):
-        worth = feedback.scores or tuple(-rank for rank in feedback.ranking)
-        for (key, value), (other, other_value) in combinations(zip(keys, worth, strict=True), 2):
-            if value != other_value and key != other:
-                yield (key, other) if value > other_value else (other, key)
-
-
-def _duplicates(groups: Sequence[Group]) -> dict[str, Any]:
-    """Groups that repeat an earlier one: same prompt, same responses, in the same order of preference."""
-    first: dict[str, str] = {}
-    repeats = []
-    for group in groups:
-        responses = sorted(_text_key(response) for response in group.responses)
-        key = digest(_prompt_key(group), *responses, *(part for pair in sorted(preferences(group)) for part in pair))
-        if key in first:
-            repeats.append(f"{group.source} repeats {first[key]}")
-        else:
-            first[key] = group.source
-    return {"count": len(repeats), "examples": repeats[:EXAMPLES]}
-
-
-def _contradictions(groups: Sequence[Group]) -> dict[str, Any]:
-    """Prompts with two responses that are preferred both ways, each two responses counted once."""
-    seen: dict[tuple[str, str, str], str] = {}
-    found: dict[tuple[str, str, str], str] = {}
-    for group in groups:
-        prompt = _prompt_key(group)
-        for better, worse in preferences(group):
-            seen.setdefault((prompt, better, worse), group.source)
-            opposite = seen.get((prompt, worse, better))
-            if opposite is not None:
-                both = (prompt, min(better, worse), max(better, worse))
-                found.setdefault(both, f"{group.source} contradicts {opposite}")
-    return {"count": len(found), "examples": list(found.values())[:EXAMPLES]}
-
-
-def _leakage(groups: GroupSet, against: GroupSet) -> dict[str, Any]:
-    """Groups whose prompt, and groups whose prompt and responses in any order, are also in `against`."""
-    prompts: dict[str, str] = {}
-    wholes: set[str] = set()
-    for group in against.groups:
-        prompts.setdefault(_prompt_key(group), group.source)
-        wholes.add(_whole_key(group))
-    shared = [(group, prompts[key]) for group in groups.groups if (key := _prompt_key(group)) in prompts]
-    examples = [f"{group.source} has the prompt of {source}" for group, source in shared[:EXAMPLES]]
-    whole = sum(_whole_key(group) in wholes for group, _ in shared)
-    return {"against": against.name, "prompts": len(shared), "groups": whole, "examples": examples}
-
-
-def _whole_key(group: Group) -> str:
-    return digest(_prompt_key(group), *sorted(_text_key(response) for response in group.responses))
 
 
 def _pair_lengths(tokens: TokenSet, *, ties: bool) -> tuple[Lengths, Lengths]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -76,9 +77,12 @@ class BadRow:
 
 @dataclass(frozen=True, slots=True)
 class GroupSet:
-    """All groups of one source, with what was refused on the way. `shape` is the detected shape of the rows."""
+    """All groups of one source, with what was refused on the way. `shape` is the detected shape of the rows.
 
-    groups: tuple[Group, ...]
+    `groups`: a tuple of few, else `prefopt.data.group_store.StoredGroups`, whose texts are not in memory.
+    """
+
+    groups: Sequence[Group]
     bad: tuple[BadRow, ...] = ()
     shape: str = ""
     rows: int = 0

@@ -12,6 +12,7 @@ from prefopt.core.config import ROW_SHAPES
 from prefopt.core.errors import DataError, nearest
 from prefopt.core.memory import collector_paused
 from prefopt.data.feedback import finished, label_feedback, pair_feedback, ranking_feedback, scores_feedback
+from prefopt.data.group_store import kept
 from prefopt.data.groups import NO_PROMPT, BadRow, Feedback, Group, GroupSet, Turn
 from prefopt.data.messages import MESSAGE_KEYS, is_listed, json_text, listed, to_turns
 from prefopt.data.read import RawRows, Row, find_rows
@@ -93,20 +94,27 @@ def _grouped(name: str, found: Iterable[tuple[str, Row | Refusal]], shape: str, 
         chosen_shape = detect_shape([row for _, row in first]) if shape == "auto" else shape
     except DataError as error:
         raise DataError(f"{name}: {error.what}", todo=error.todo) from None
-    groups: list[Group] = []
     refused: list[BadRow] = []
     unused: tuple[set[str], set[str]] = set(), set()  # fields of rows, and of messages
-    with collector_paused():
+    kinds: Counter[tuple[str, bool]] = Counter()  # forms, and whether the prompt is ""
+
+    def read() -> Iterator[Group]:
         for source, row in chain(first, rows):
             unused[0].update(str(key) for key, value in row.items() if value is not None and key not in USED_COLUMNS)
             unused[1].update(_message_keys(row.values()))
             try:
-                groups.append(_READERS[chosen_shape](row, source))
+                group = _READERS[chosen_shape](row, source)
             except Refusal as refusal:
                 refused.append(refusal.bad_row(source))
+                continue
+            kinds[group.form, group.prompt == NO_PROMPT] += 1
+            yield group
+
+    with collector_paused():
+        groups = kept(read())
     total = len(broken) + len(groups) + len(refused)
-    notes = _notes(total, groups, unused, chosen_shape, detected=shape == "auto")
-    return GroupSet(tuple(groups), (*broken, *refused), chosen_shape, total, name, notes)
+    notes = _notes(total, kinds, unused, chosen_shape, detected=shape == "auto")
+    return GroupSet(groups, (*broken, *refused), chosen_shape, total, name, notes)
 
 
 def _readable(found: Iterable[tuple[str, Row | Refusal]], broken: list[BadRow]) -> Iterator[tuple[str, Row]]:
@@ -119,15 +127,18 @@ def _readable(found: Iterable[tuple[str, Row | Refusal]], broken: list[BadRow]) 
 
 
 def _notes(
-    total: int, groups: Sequence[Group], unused: tuple[set[str], set[str]], shape: str, *, detected: bool
+    total: int, kinds: Counter[tuple[str, bool]], unused: tuple[set[str], set[str]], shape: str, *, detected: bool
 ) -> tuple[str, ...]:
-    forms = " and ".join(_FORMS[form] for form, _ in Counter(group.form for group in groups).most_common())
+    of_form: Counter[str] = Counter()
+    for (form, _), count in kinds.items():
+        of_form[form] += count
+    forms = " and ".join(_FORMS[form] for form, _ in of_form.most_common())
     how = "set data.shape to override" if detected else "as data.shape says"
     notes = [f"{total} rows, read as {shape}{f' ({forms})' if forms else ''}; {how}"]
     names = sorted(unused[0]) + sorted(f"{key} (of messages)" for key in unused[1])
     if names:
         notes.append(f"fields that are not used: {', '.join(names)}")
-    bare = sum(group.prompt == NO_PROMPT for group in groups)
+    bare = sum(count for (_, without), count in kinds.items() if without)
     if bare:
         notes.append(f'{bare} rows have the prompt "": their responses follow the beginning-of-text token')
     return tuple(notes)

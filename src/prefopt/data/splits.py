@@ -7,6 +7,7 @@ from typing import Any
 
 from prefopt.core.config import IN_MEMORY, DataConfig
 from prefopt.core.errors import ConfigError, DataError
+from prefopt.data.group_store import pick_groups
 from prefopt.data.groups import GroupSet
 from prefopt.data.pack import draw_held_out
 from prefopt.data.shapes import load_groups
@@ -52,10 +53,10 @@ def _draw(groups: GroupSet, wanted: int, seed: int) -> tuple[GroupSet, GroupSet]
     kept, drawn = draw_held_out(count, held_out=wanted, seed=seed)
     held = replace(
         groups,
-        groups=tuple(groups.groups[row] for row in drawn),
+        groups=pick_groups(groups.groups, drawn),
         bad=(),
         rows=wanted,
         name=f"{groups.name} (held out)",
         notes=(),
     )
-    return replace(groups, groups=tuple(groups.groups[row] for row in kept)), held
+    return replace(groups, groups=pick_groups(groups.groups, kept)), held

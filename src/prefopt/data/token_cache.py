@@ -13,6 +13,7 @@ import pyarrow as pa
 from prefopt.core.files import cache_root, digest, digest_of
 from prefopt.core.memory import collector_paused
 from prefopt.data.encode import Encoding, TokenSet, TrainOn, encode_groups
+from prefopt.data.group_store import group_feedbacks
 from prefopt.data.groups import BadRow, Group, GroupSet, Turn
 from prefopt.data.token_store import read_tokens, writing_tokens
 
@@ -44,7 +45,7 @@ def cached_encoding(
 
 
 def _read(path: Path, groups: GroupSet) -> TokenSet:
-    rows, notes = read_tokens(path, [group.feedback for group in groups.groups])
+    rows, notes = read_tokens(path, group_feedbacks(groups.groups))
     return TokenSet(rows, tuple(BadRow(**row) for row in notes["bad"]), tuple(notes["special_text"]))
 
 
