@@ -10,27 +10,19 @@ import copy
 import math
 import shlex
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from prefopt.core.checks import SYNC_EVERY_STEPS, check_reference_given, check_reference_moves
+from prefopt.core.checks import check_reference_given, sync_every_steps
 from prefopt.core.config import RunConfig
-from prefopt.core.errors import DataError, Interrupted, PrefoptError, StorageError
+from prefopt.core.errors import Interrupted, PrefoptError, StorageError
+from prefopt.core.events import EventLog
 from prefopt.core.files import check_writable
 from prefopt.core.progress import progress, say
 from prefopt.core.run_folder import RunFolder, environment
-from prefopt.data.audit import audit
-from prefopt.data.budget import fit_budget, token_budget
-from prefopt.data.groups import GroupSet
-from prefopt.data.mismatch import Counterparts, with_mismatched
-from prefopt.data.pack import total_steps
-from prefopt.data.splits import load_splits
-from prefopt.data.suitable import suitable, unused_columns
-from prefopt.data.token_cache import cached_encoding
-from prefopt.data.tokens import JoinedRows, TokenGroup, TokenSet, feedbacks_of, lengths_of
+from prefopt.data.mismatch import Counterparts
+from prefopt.data.tokens import JoinedRows, TokenGroup, lengths_of
 from prefopt.model.adapters import add_lora
 from prefopt.model.allocator import release_freed_memory
 from prefopt.model.compiled import compile_layers
@@ -40,84 +32,26 @@ from prefopt.model.paths import confirm
 from prefopt.model.precision import matmul_flops, pick_device
 from prefopt.model.reference import AdapterOffReference, LiveReference, NoReference, Reference, ReferenceCache, fill_cache
 from prefopt.objective.apply import Objective
+from prefopt.online import PreparedPrompts, prepare_prompts
+from prefopt.preparing import Prepared, prepare_rows
+from prefopt.rollout.experience import DrawnReference, Round
 from prefopt.train.checkpoint import load_checkpoint
 from prefopt.train.loop import Observer, Training
 from prefopt.train.moving_reference import MovingReference
 from prefopt.train.observers import EvaluateHeldOut, LogSteps, SaveCheckpoints, StopOnSignal
+from prefopt.train.online import OnlineTraining
 from prefopt.train.plan import FIRST_TRIED, Machine, fitting_budget
 from prefopt.train.requirements import check_machine
 from prefopt.train.sinks import Sinks
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Rows that are ready to train on: groups as read, token ids within budget, and the audit of both."""
-
-    groups: GroupSet
-    train: TokenSet
-    held_out: TokenSet
-    audit: dict[str, Any]
-
-
-def prepare_rows(
+def prepare(
     config: RunConfig, tokenizer: Any, context_tokens: int, *, train_rows: Any = None, eval_rows: Any = None
 ) -> Prepared:
-    """Read, refuse, tokenise, fit and audit. `train_rows` and `eval_rows` stand in for data.train and data.eval."""
-    data = config.data
-    groups, held = load_splits(data, train_rows=train_rows, eval_rows=eval_rows)
-    for note in (*groups.notes, *(held.notes if held is not None else ())):
-        say(note)
-    budget = token_budget(data, context_tokens)
-    full = _encoded(groups, tokenizer, config)
-    fitted = fit_budget(full, budget, on_overlong=data.on_overlong)
-    train = _usable(fitted, groups, config)
-    check_reference_moves(config, steps_of(config, train))
-    held_out = TokenSet(())
-    if held is not None:
-        held_out = _usable(fit_budget(_encoded(held, tokenizer, config), budget, on_overlong=data.on_overlong), held, config)
-    for_loss = replace(full, bad=(*full.bad, *train.bad[len(fitted.bad) :]))  # with what the loss has no place for
-    found = audit(groups, for_loss, budget=budget, on_overlong=data.on_overlong, against=held)
-    return Prepared(groups, train, held_out, found)
-
-
-def steps_of(config: RunConfig, tokens: TokenSet) -> int:
-    train = config.train
-    return total_steps(
-        len(tokens.groups), epochs=train.epochs, groups_per_step=train.groups_per_step, max_steps=train.max_steps
-    )
-
-
-def _encoded(groups: GroupSet, tokenizer: Any, config: RunConfig) -> TokenSet:
-    return cached_encoding(groups, tokenizer, template=config.data.template, train_on=config.data.train_on)
-
-
-def _usable(tokens: TokenSet, groups: GroupSet, config: RunConfig) -> TokenSet:
-    """Rows that the loss can learn from; DataError where none are left, or where bad rows are an error."""
-    tokens = suitable(tokens, config, name=groups.name)
-    refused = [*groups.bad, *tokens.bad]
-    if refused and config.data.on_bad_row == "error":
-        raise DataError(
-            f"{len(refused)} rows cannot be used; the first: {refused[0]}",
-            todo="Mend or remove them, or set data.on_bad_row=drop.",
-        )
-    if not tokens.groups:
-        first = f"; the first: {refused[0]}" if refused else ""
-        raise DataError(
-            f"{groups.name}: none of {groups.rows} rows can be used{first}",
-            todo="Mend them or give others; `prefopt check` shows what they are like.",
-        )
-    if refused:
-        reasons = Counter(str(row.reason) for row in refused).most_common()
-        counted = ", ".join(f"{count} for {reason}" for reason, count in reasons)
-        say(f"{groups.name}: {len(refused)} of {groups.rows} rows refused: {counted}")
-    for line in unused_columns(feedbacks_of(tokens.groups), config):
-        say(f"{groups.name}: {line}")
-    if any(facts.needs_mismatched for facts in config.loss.facts):
-        try:
-            tokens = replace(tokens, groups=with_mismatched(tokens.groups, seed=config.data.seed))
-        except DataError as error:
-            raise DataError(f"{groups.name}: {error.what}", todo=error.todo) from None
-    return tokens
+    """The rows of `config`, or with rollout its prompts; `train_rows` and `eval_rows` stand in for data.train and data.eval."""
+    if config.rollout is None:
+        return prepare_rows(config, tokenizer, context_tokens, train_rows=train_rows, eval_rows=eval_rows)
+    return prepare_prompts(config, tokenizer, context_tokens, train_rows=train_rows, eval_rows=eval_rows)
 
 
 def train_run(
@@ -143,7 +77,7 @@ def train_run(
     try:  # rows before weights: what is wrong with them is said in seconds
         tokenizer = model.tokenizer if model else load_tokenizer(config.model.name, **source)
         context_tokens = model.context_tokens if model else model_facts(config.model.name, **source).context_tokens
-        rows = prepare_rows(config, tokenizer, context_tokens, train_rows=train_rows, eval_rows=eval_rows)
+        rows = prepare(config, tokenizer, context_tokens, train_rows=train_rows, eval_rows=eval_rows)
         config = _with_budget(config, run, rows, model, resume=resume)
         policy = model or _load_policy(config, source)
     except PrefoptError:
@@ -151,13 +85,16 @@ def train_run(
             run.path.rmdir()
         raise
     if not resume:
-        run.write("audit.json", rows.audit)
+        if rows.audit:
+            run.write("audit.json", rows.audit)
         run.write("env.json", {**environment(), "device": str(policy.device), "precision": policy.numerics})
         run.write("config.json", config.resolved())
     policy.confirm_sharing(rows.train.groups[:2])  # on the weights as loaded, before they are cast
     training = start_training(config, policy, rows, reference_model=reference_model)
     if resume:
         load_checkpoint(training, run.complete_checkpoints()[-1])
+    if isinstance(training, OnlineTraining):
+        training.forget_rounds_after(training.step if resume else -1)
     training.matmul_flops = matmul_flops(policy.device, policy.dtype)
     _watch(config, run, training, rows, resume=resume)
     return run
@@ -209,14 +146,19 @@ def start_training(
         add_lora(policy, config.model.lora, seed=config.data.seed)
     if config.train.compile:
         compile_layers(policy)
-    training = Training(
-        policy=policy,
-        groups=rows.train.groups,
-        reference=NoReference(),
-        objective=Objective(config.loss.resolved()),
-        config=config.train,
-        data_seed=config.data.seed,
-        reference_is_initial=own_reference and kind != "none",
+    objective = Objective(config.loss.resolved())
+    if objective.needs_value_head:
+        policy.add_value_head()
+    parts: dict[str, Any] = {
+        "policy": policy,
+        "reference": NoReference(),
+        "objective": objective,
+        "config": config.train,
+        "data_seed": config.data.seed,
+        "reference_is_initial": own_reference and kind != "none",
+    }
+    training = (
+        rows.training(run_config=config, **parts) if isinstance(rows, PreparedPrompts) else Training(groups=rows.train.groups, **parts)
     )
     confirm(policy, [min(rows.train.groups[:16], key=lambda group: group.unique_tokens)])  # in the dtype that trains
 
@@ -239,7 +181,9 @@ def start_training(
         return load_model(str(config.reference.model), precision=config.train.precision, for_training=moving)
 
     if kind != "none":
-        training.reference = _reference(config, other, rows)
+        reference = _reference(config, other, rows)
+        still = config.rollout is not None and not isinstance(reference, MovingReference)
+        training.reference = DrawnReference(reference) if still else reference
     release_freed_memory()
     training.optimizer.make_moments()
     return training
@@ -255,8 +199,8 @@ def _reference(config: RunConfig, load: Callable[[], LanguageModel], rows: Prepa
         case "live":
             return LiveReference(model, micro_batch_tokens=budget)
         case "tr-dpo":
-            mix, every = settings.sync_mix or 0.6, settings.sync_every_steps or SYNC_EVERY_STEPS
-            return MovingReference(model, micro_batch_tokens=budget, mix=mix, every=every)
+            mix = settings.sync_mix or (0.6 if config.rollout is None else 1.0)
+            return MovingReference(model, micro_batch_tokens=budget, mix=mix, every=sync_every_steps(config))
         case "ema":
             return MovingReference(model, micro_batch_tokens=budget, mix=1 - (settings.ema_decay or 0.99), every=1)
     root = Path(settings.cache_dir) if settings.cache_dir else None
@@ -287,18 +231,36 @@ def _watch(config: RunConfig, run: RunFolder, training: Training, rows: Prepared
         log.write("start", step=0, **_start_facts(training))
         if held_out is not None and config.train.eval_at_start:
             held_out.measure(0)
+    if isinstance(training, OnlineTraining):
+        training.on_round = lambda number, made: _log_round(log, sinks, training.step, number, made)
+        training.saved_step = lambda: _newest_step(run)
     started = time.monotonic()
     with progress("training", training.total_steps, "steps") as bar, stopper.listening():
         bar.done = training.step
         observers: list[Observer] = [LogSteps(log, sinks, bar), *([held_out] if held_out else []), saver, stopper]
         try:
             training.run(observers)
+            if _newest_step(run) != training.step:  # it ended before its last step
+                saver.save()
         except Interrupted:
             raise
         except PrefoptError as error:
             log.write("error", step=training.step, message=str(error))
             raise
     log.write("end", step=training.step, seconds=round(time.monotonic() - started, 3))
+
+
+def _newest_step(run: RunFolder) -> int:
+    """Optimizer step of the newest complete checkpoint; 0 without one."""
+    found = run.complete_checkpoints()
+    return int(found[-1].name.removeprefix("step-")) if found else 0
+
+
+def _log_round(log: EventLog, sinks: Sinks, step: int, number: int, made: Round) -> None:
+    log.write("round", step=step, round=number, **made.metrics, shown=list(made.shown))
+    sinks.log(made.metrics, step)
+    reward, kl = made.metrics["objective/scores"], made.metrics["objective/kl"]
+    say(f"round {number + 1}: mean reward {reward:.4f}, {kl:.2f} nats from the reference")
 
 
 def _start_facts(training: Training) -> dict[str, Any]:

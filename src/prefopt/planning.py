@@ -8,7 +8,8 @@ from typing import Any
 from prefopt.core.config import RunConfig
 from prefopt.data.tokens import lengths_of
 from prefopt.model.load import load_tokenizer, model_config, model_facts
-from prefopt.pipeline import Prepared, prepare_rows, steps_of
+from prefopt.pipeline import prepare
+from prefopt.preparing import Prepared, steps_of
 from prefopt.train.flops import training_flops
 from prefopt.train.plan import Change, Machine, MemoryPlan, changes_that_fit, fitting_budget, plan_memory
 from prefopt.train.requirements import check_machine
@@ -42,7 +43,7 @@ def plan_run(config: RunConfig, *, total: int | None = None) -> RunPlan:
     check_machine(config)
     source: dict[str, Any] = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
     facts = model_facts(config.model.name, **source)
-    rows = prepare_rows(config, load_tokenizer(config.model.name, **source), facts.context_tokens)
+    rows = prepare(config, load_tokenizer(config.model.name, **source), facts.context_tokens)
     architecture, groups = model_config(config.model.name, **source), rows.train.groups
     machine = Machine.here(config, total=total)
     auto = config.train.micro_batch_tokens == "auto"
@@ -50,7 +51,8 @@ def plan_run(config: RunConfig, *, total: int | None = None) -> RunPlan:
     memory = plan_memory(config, architecture, groups, machine, micro_batch_tokens=budget)
     fits = memory.peak <= machine.room
     steps = steps_of(config, rows.train)
-    passes = steps * config.train.groups_per_step / len(groups) if config.train.max_steps else config.train.epochs
+    counted = config.train.max_steps is not None or config.rollout is not None
+    passes = steps * config.train.groups_per_step / len(groups) if counted else config.train.epochs
     adapter = memory.trained if config.model.lora is not None else 0
     head = not config.loss.facts[0].trains_reward_model
     tokens = lengths_of(groups).unique_G

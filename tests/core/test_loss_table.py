@@ -13,6 +13,7 @@ from prefopt.core.losses.table import LOSSES, Part, loss_facts, resolve_knobs, r
 from prefopt.core.resolve import resolve_config
 
 REFERENCE_FREE = {"simpo", "cpo", "orpo", "sft", "reward", "reward_ranking"}
+SAMPLES = {"ppo", "rloo", "grpo"}
 RANKINGS = {"plackett_luce", "all_pairs", "best_of_k", "reward_ranking", "sft"}
 
 
@@ -32,13 +33,16 @@ class TestFacts:
         assert {"kto", "bco", "apo_zero_unpaired", "sft"} <= names_that(lambda facts: "label" in facts.accepts)
         assert names_that(lambda facts: facts.trains_reward_model) == {"reward", "reward_ranking"}
         assert names_that(lambda facts: facts.needs_mismatched) == {"kto"}
-        assert names_that(lambda facts: facts.unit == "response") == {"kto", "bco", "apo_zero_unpaired"}
+        assert names_that(lambda facts: facts.unit == "response") == {"kto", "bco", "apo_zero_unpaired", "rloo"}
+        assert names_that(lambda facts: facts.unit == "every token") == {"ppo", "grpo"}
+        assert names_that(lambda facts: facts.needs_samples) == SAMPLES
+        assert names_that(lambda facts: facts.needs_value_head) == {"ppo"}
         assert names_that(lambda facts: facts.unit == "token") == {"sft"}
         assert names_that(lambda facts: facts.strict_order) == {"plackett_luce"}
         assert "pair" in loss_facts("dpo").accepts
 
-    def test_every_pair_loss_of_the_table_takes_pairs(self) -> None:
-        assert names_that(lambda facts: "pair" not in facts.accepts) == set()
+    def test_every_loss_of_rows_takes_pairs(self) -> None:
+        assert names_that(lambda facts: "pair" not in facts.accepts) == SAMPLES
 
     @pytest.mark.parametrize(
         ("name", "reward"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from prefopt.core.errors import ConfigError
 from prefopt.core.losses.facts import Kind
 from prefopt.core.losses.table import LOSSES
+from prefopt.core.rollout_checks import check_rollout
 
 if TYPE_CHECKING:
     from prefopt.core.config import RunConfig
@@ -32,11 +34,12 @@ def check_combinations(config: RunConfig) -> None:
         check_reference_moves(config, config.train.max_steps)
     _check_adapter(config)
     _check_memory_options(config)
+    check_rollout(config)
 
 
 def check_reference_moves(config: RunConfig, total_steps: int) -> None:
     """ConfigError where a run of `total_steps` ends before reference.kind=tr-dpo would move the reference for the first time."""
-    every = config.reference.sync_every_steps or SYNC_EVERY_STEPS
+    every = sync_every_steps(config)
     if config.reference_kind == "tr-dpo" and every >= total_steps:
         raise ConfigError(
             f"reference.kind=tr-dpo moves the reference every {every} steps (reference.sync_every_steps), and the run has {total_steps}: it would stay where it is",
@@ -44,11 +47,26 @@ def check_reference_moves(config: RunConfig, total_steps: int) -> None:
         )
 
 
+def sync_every_steps(config: RunConfig) -> int:
+    """Optimizer steps between two moves of a tr-dpo reference: as set, else those of a round, else TR-DPO's own."""
+    if config.reference.sync_every_steps is not None:
+        return config.reference.sync_every_steps
+    return SYNC_EVERY_STEPS if config.rollout is None else steps_per_round(config)
+
+
+def steps_per_round(config: RunConfig) -> int:
+    """Optimizer steps of a round of sampling; with replay each earlier round has as many."""
+    assert config.rollout is not None
+    rollout = config.rollout
+    answered = rollout.prompts_per_round * rollout.epochs_per_round * (1 + rollout.replay_rounds)
+    return math.ceil(answered / config.train.groups_per_step)
+
+
 def check_reference_given(config: RunConfig) -> None:
     """ConfigError where a reference given as an object in memory would be ignored."""
     if config.reference.model is not None:
         why, todo = "and so is reference.model", "Give one of them."
-    elif not config.loss.needs_reference:
+    elif not config.loss.needs_reference and config.rollout is None:
         why, todo = f'and the loss "{config.loss.title}" uses no reference', "Leave it out."
     elif config.reference_kind == "adapter-off":
         why, todo = "and reference.kind is adapter-off: the policy without its adapter", "Leave one of them out."
@@ -65,7 +83,7 @@ def accepted_kinds(config: RunConfig) -> tuple[Kind, ...]:
 
 def losses_for(kind: Kind) -> str:
     """Names of the losses that learn from rows of `kind`."""
-    return ", ".join(facts.name for facts in LOSSES.values() if kind in facts.accepts)
+    return ", ".join(facts.name for facts in LOSSES.values() if kind in facts.accepts and not facts.needs_samples)
 
 
 def _check_held_out(config: RunConfig) -> None:
@@ -110,7 +128,7 @@ def _check_loss(config: RunConfig) -> None:
 
 def _check_reference(config: RunConfig) -> None:
     reference, title, kind = config.reference, config.loss.title, config.reference_kind
-    if not config.loss.needs_reference:
+    if not config.loss.needs_reference and config.rollout is None:
         kind_set = None if reference.kind in ("auto", "none") else reference.kind
         for option, value in {"kind": kind_set, **reference.model_dump(exclude={"kind"})}.items():
             if value is not None:
@@ -119,7 +137,11 @@ def _check_reference(config: RunConfig) -> None:
                     todo=f"Remove reference.{option}, or choose a loss with a reference: prefopt losses",
                 )
     elif kind == "none":
-        free = ", ".join(facts.name for facts in LOSSES.values() if not facts.needs_reference)
+        free = ", ".join(
+            facts.name
+            for facts in LOSSES.values()
+            if not (facts.needs_reference or facts.needs_samples or facts.trains_reward_model)
+        )
         raise ConfigError(
             f'reference.kind=none, and the loss "{title}" is defined against a reference',
             todo=f"Remove reference.kind, or use a loss without a reference: {free}.",

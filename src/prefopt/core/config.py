@@ -12,6 +12,8 @@ from pydantic_core import PydanticCustomError
 
 from prefopt.core.losses.facts import LossFacts
 from prefopt.core.losses.table import Part, resolve_parts
+from prefopt.core.rollout_config import RolloutConfig
+from prefopt.core.section import Section
 
 MICRO_BATCH_TOKENS = 1024  # the fastest on two cores (benchmarks/RESULTS.md)
 FEWEST_TOKENS = 16  # of a micro-batch
@@ -26,12 +28,6 @@ ROW_SHAPES = (
     "ranking",  # prompt + responses + ranking
     "demonstration",  # messages, prompt + completion, or instruction + output
 )
-
-
-class Section(BaseModel):
-    """A frozen part of the configuration."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -160,6 +156,10 @@ class LossConfig(BaseModel):
     def needs_reference(self) -> bool:
         return any(facts.needs_reference for facts in self.facts)
 
+    @property
+    def needs_samples(self) -> bool:
+        return any(facts.needs_samples for facts in self.facts)
+
     def resolved(self) -> dict[str, Any]:
         """The section with every option written out."""
         parts = self.parts
@@ -274,6 +274,9 @@ class RunConfig(Section):
     loss: LossConfig = LossConfig()
     reference: ReferenceConfig = ReferenceConfig()
     train: TrainConfig = TrainConfig()
+    rollout: RolloutConfig | None = Field(
+        None, description="Learn from the policy's own samples instead of rows: a section; null: from rows."
+    )
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
@@ -287,8 +290,10 @@ class RunConfig(Section):
         """reference.kind with `auto` decided: what the loss needs, cached where that serves."""
         if self.reference.kind != "auto":
             return self.reference.kind
-        if not self.loss.needs_reference:
+        if not self.loss.needs_reference and self.rollout is None:
             return "none"
+        if self.rollout is not None:
+            return "adapter-off" if self.model.lora is not None and self.reference.model is None else "live"
         if any(facts.needs_live_reference for facts in self.loss.facts):
             return "adapter-off" if self.model.lora is not None and self.reference.model is None else "live"
         return "cached"

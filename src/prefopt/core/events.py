@@ -12,7 +12,7 @@ from typing import Any
 from prefopt.core.files import storage_errors
 
 # kind "step": metrics of one optimizer step. "eval": metrics on held-out rows. "start", "resume", "checkpoint",
-# "warning", "stop" (by the user), "error", "end": what happened, with the fields named where they are written.
+# "round": a round of the policy's own samples. "warning", "stop" (by the user), "error", "end": what happened, with the fields named where they are written.
 Event = dict[str, Any]
 
 

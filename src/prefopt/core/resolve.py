@@ -136,8 +136,11 @@ def _sections() -> str:
 def _options(section: str, model: type[BaseModel]) -> list[tuple[str, str, str]]:
     rows = []
     for key, field in model.model_fields.items():
-        default = field.get_default(call_default_factory=True)
-        rows.append((f"{section}.{key}", repr(default) if isinstance(default, str) else str(default), field.description or ""))
+        default = "(none: it must be given)"
+        if not field.is_required():
+            value = field.get_default(call_default_factory=True)
+            default = repr(value) if isinstance(value, str) else str(value)
+        rows.append((f"{section}.{key}", default, field.description or ""))
         inner = _section_type(field.annotation)
         rows += _options(f"{section}.{key}", inner) if inner is not None else []
     return rows
@@ -147,8 +150,10 @@ def option_table() -> list[tuple[str, str, str]]:
     """(key, default, description) of every option, for the docs and `prefopt train --options`."""
     rows = []
     for section, section_field in RunConfig.model_fields.items():
-        model = section_field.annotation
-        assert isinstance(model, type) and issubclass(model, BaseModel)
+        model = _section_type(section_field.annotation)
+        assert model is not None
+        if section_field.description:  # it may be absent
+            rows.append((section, str(section_field.default), section_field.description))
         rows += _options(section, model)
         rows += _loss_options() if model is LossConfig else []
     return rows

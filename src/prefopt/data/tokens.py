@@ -25,6 +25,20 @@ from prefopt.data.groups import BadRow, Feedback
 Ids = NDArray[np.int32]
 Flags = NDArray[np.bool_]
 Counts = NDArray[np.int64]
+Numbers = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """What was known of the tokens of sampled responses when they were drawn: for each response a float32 array with one
+    number a scored token. `old_values` and `returns` are () without a value head; advantages too where none are used.
+    """
+
+    old_logps: tuple[Numbers, ...]
+    reference_logps: tuple[Numbers, ...]
+    advantages: tuple[Numbers, ...] = ()
+    old_values: tuple[Numbers, ...] = ()
+    returns: tuple[Numbers, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +46,7 @@ class TokenGroup:
     """A group as token ids: one prompt, K responses, and which response tokens carry loss (`scored`).
 
     `finished[k]` says whether response k ends with the end-of-turn token (what was cut at a token limit does not).
+    `experience` belongs to samples of the policy.
     """
 
     prompt_ids: Ids
@@ -41,6 +56,7 @@ class TokenGroup:
     source: str = ""
     finished: tuple[bool, ...] = ()
     mismatched: TokenGroup | None = None
+    experience: Experience | None = None
 
     @property
     def unique_tokens(self) -> int:

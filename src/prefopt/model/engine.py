@@ -32,6 +32,8 @@ from prefopt.model.recompute import recompute_contexts
 if TYPE_CHECKING:
     from prefopt.model.adapters import Adapter
 
+TokenNumbers = tuple[NDArray[np.float32], ...]  # of a group: for each response one number a scored token
+
 # Raised whenever a change to this package can change log-probs: part of every cache key.
 NUMERICS_VERSION = 1
 
@@ -46,12 +48,14 @@ class TokenStatistics:
     """What the vocabulary head says about each scored token, shapes (N,), fp32, in nats; None where it was not asked for.
 
     `logp_N`: log-prob. `log_square_N`: log of the sum of the squared probabilities, without a gradient (WPO).
-    `kl_N`: KL(reference || policy) over the vocabulary, with a gradient in the policy only (TDPO).
+    `kl_N`: KL(reference || policy) over the vocabulary, with a gradient in the policy only (TDPO). `value_N`: the value head's
+    number at the position that predicts the token, in units of the reward.
     """
 
     logp_N: Tensor
     log_square_N: Tensor | None
     kl_N: Tensor | None
+    value_N: Tensor | None = None
 
 
 class LanguageModel:
@@ -80,6 +84,7 @@ class LanguageModel:
         self.identity = identity or weights_identity(model)
         self.quantized = quantized  # nf4 or int8, of its linear layers
         self.adapter: Adapter | None = None  # set by prefopt.model.adapters.add_lora
+        self.value_head: torch.nn.Linear | None = None  # of PPO; see add_value_head
         self.saving: Callable[[], AbstractContextManager[None]] = nullcontext  # around what a forward saves for backward
         self.fused: FusedModules = fuse(model)
         self.attention_backend: str | None = None  # None: the first that can serve
@@ -195,10 +200,11 @@ class LanguageModel:
         batch: Batch,
         *,
         log_square: bool = False,
+        values: bool = False,
         reference: LanguageModel | None = None,
         reference_scope: AbstractContextManager[Any] | None = None,
     ) -> TokenStatistics:
-        """Log-prob of each scored token and, where asked for, what WPO and TDPO need besides, from one forward of this model.
+        """Log-prob of each scored token and, where asked for, what WPO, TDPO and PPO need besides, from one forward of this model.
 
         With a `reference` its forward on the same batch comes first, without gradients and inside `reference_scope`.
         A policy with adapters is its own reference: pass itself, and the context that turns the adapters off.
@@ -208,6 +214,7 @@ class LanguageModel:
         head = head_of(self.model)
         hidden_ND = self.hidden_states(batch)[batch.predictor_N]
         return TokenStatistics(
+            value_N=self._values(hidden_ND) if values else None,
             logp_N=head.logps(hidden_ND, batch.target_N),
             log_square_N=head.log_square(hidden_ND) if log_square else None,
             kl_N=None if states is None else head.kl_from(hidden_ND, *states),
@@ -230,25 +237,59 @@ class LanguageModel:
         """The numbers by which two ways of computing a batch are compared: here the log-prob of each scored token."""
         return self.token_logps(batch)
 
-    @torch.no_grad()
-    def score(
-        self, groups: Sequence[TokenGroup], *, micro_batch_tokens: int = 4096, title: str = ""
-    ) -> list[tuple[NDArray[np.float32], ...]]:
+    def add_value_head(self) -> None:
+        """Give the model a linear value head, 0 at first: what the reward to come is before each token. It computes in fp32
+        whatever the model does, and is no part of what `model` saves."""
+        size = int(self.model.get_output_embeddings().weight.shape[1])
+        self.value_head = torch.nn.Linear(size, 1, device=self.device)
+        torch.nn.init.zeros_(self.value_head.weight)
+        torch.nn.init.zeros_(self.value_head.bias)
+
+    def _values(self, hidden_ND: Tensor) -> Tensor:
+        assert self.value_head is not None, "the model has no value head"
+        value_N1: Tensor = self.value_head(hidden_ND.float())
+        return value_N1[:, 0]
+
+    def score(self, groups: Sequence[TokenGroup], *, micro_batch_tokens: int = 4096, title: str = "") -> list[TokenNumbers]:
         """Log-probs in nats of the scored tokens: per group, per response, one float32 array in token order."""
         if not groups:
             return []
-        results: list[tuple[NDArray[np.float32], ...]] = [()] * len(groups)
+        return self._scored(groups, lambda batch: (self.token_logps(batch),), micro_batch_tokens, title)[0]
+
+    def score_with_values(
+        self, groups: Sequence[TokenGroup], *, micro_batch_tokens: int = 4096, title: str = ""
+    ) -> tuple[list[TokenNumbers], list[TokenNumbers]]:
+        """(log-probs as `score` gives them, values of the value head before the same tokens), from one forward."""
+
+        def compute(batch: Batch) -> tuple[Tensor, ...]:
+            said = self.token_statistics(batch, values=True)
+            assert said.value_N is not None
+            return said.logp_N, said.value_N
+
+        if not groups:
+            return [], []
+        logps, values = self._scored(groups, compute, micro_batch_tokens, title)
+        return logps, values
+
+    @torch.no_grad()
+    def _scored(
+        self, groups: Sequence[TokenGroup], compute: Callable[[Batch], tuple[Tensor, ...]], micro_batch_tokens: int, title: str
+    ) -> list[list[TokenNumbers]]:
+        """What `compute` gives for each scored token, (N,) each, for all `groups`, each in its place."""
+        results: list[list[TokenNumbers]] = []
         lengths = [self.computed_tokens(group) for group in groups]
         was_training = self.model.training
         self.model.eval()
         with progress(title or "scoring", sum(lengths), "tokens") as bar:
             for members in micro_batches(lengths, budget_tokens=micro_batch_tokens):
                 chosen = [groups[place] for place in members]
-                values = self.token_logps(self.batch(chosen)).cpu().numpy()
+                found = compute(self.batch(chosen))
+                results = results or [[()] * len(groups) for _ in found]
                 counts = [int(flags.sum()) for group in chosen for flags in group.scored]
-                pieces = iter(np.split(values, np.cumsum(counts)[:-1]))
-                for place, group in zip(members, chosen, strict=True):
-                    results[place] = tuple(next(pieces) for _ in group.scored)
+                for result, values in zip(results, found, strict=True):
+                    pieces = iter(np.split(values.cpu().numpy(), np.cumsum(counts)[:-1]))
+                    for place, group in zip(members, chosen, strict=True):
+                        result[place] = tuple(next(pieces) for _ in group.scored)
                 bar.advance(sum(lengths[place] for place in members))
         self.model.train(was_training)
         return results

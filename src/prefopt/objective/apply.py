@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -34,7 +34,8 @@ class Outcome:
     `loss`: what is differentiated, already divided by the step's totals. `parts`: the loss of each part by name,
     unweighted, divided likewise; they add up over micro-batches. `loss_G`: the value of each group, before that division;
     NaN for a formula whose values belong to no group. `ratio_S`: log(policy / reference), NaN without a reference. `reward_S`:
-    the implicit reward, NaN where the loss has none. The last four are detached.
+    the implicit reward, NaN where the loss has none. The last four of these are detached. `watched`: what else is logged
+    (see `prefopt.objective.policy_gradient.WATCHED`), divided like `parts`.
     """
 
     loss: Tensor
@@ -44,6 +45,7 @@ class Outcome:
     reward_S: Tensor
     logp_S: Tensor
     tokens_S: Tensor
+    watched: dict[str, Tensor] = field(default_factory=dict)
 
 
 class LossPart:
@@ -58,8 +60,10 @@ class LossPart:
         self.reading = Reading(**{"reduce": self.facts.reduce, **reading})  # type: ignore[arg-type]
         self.on_policy_weighting = bool(knobs.pop("wpo", False))
         self.knobs = knobs
-        module, _, function = self.facts.function.partition(":")
-        self.function: Callable[..., Tensor] = getattr(importlib.import_module(module), function)
+        module_name, _, function = self.facts.function.partition(":")
+        module = importlib.import_module(module_name)
+        self.function: Callable[..., Tensor] = getattr(module, function)
+        self.watch: Callable[..., dict[str, Tensor]] | None = getattr(module, "WATCHED", {}).get(function)
         self.running: dict[str, Running] = running_of(self.facts.inputs, self.beta, knobs)
 
     @property
@@ -85,7 +89,8 @@ class LossPart:
 
     def _check_shape(self, values: object, measured: Measured) -> None:
         """ConfigError unless there is one value a unit: a mean over the groups would be averaged again, in silence."""
-        wanted = {"response": (sum(measured.responses_per_group),)}.get(self.facts.unit, (len(measured.feedbacks),))
+        tokens, responses = len(measured.policy_N), sum(measured.responses_per_group)
+        wanted = {"response": (responses,), "every token": (tokens,)}.get(self.facts.unit, (len(measured.feedbacks),))
         found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         if self.facts.unit != "step" and found != wanted:
             raise ConfigError(
@@ -93,10 +98,14 @@ class LossPart:
                 todo=f"Return one loss a {'response' if self.facts.unit == 'response' else 'group'}, without a mean.",
             )
 
-    def weighted(self, values: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    def weighted(self, values: Tensor, rows: Rows, measured: Measured) -> tuple[Tensor, Tensor]:
         """(values times the weights of their rows, the same summed for each group; NaN where they belong to none)."""
         if self.facts.unit == "step":
             return values, torch.full_like(rows.weight_G, math.nan)
+        if self.facts.unit == "every token":
+            group_N = rows.group_S[measured.response_N]
+            weighted = values * rows.weight_G[group_N]
+            return weighted, torch.zeros_like(rows.weight_G).index_add(0, group_N, weighted.detach())
         if self.facts.unit == "response":
             weighted = values * rows.weight_G[rows.group_S]
             return weighted, torch.zeros_like(rows.weight_G).index_add(0, rows.group_S, weighted.detach())
@@ -109,6 +118,9 @@ class LossPart:
         weights = [group.feedback.weight for group in groups]
         if unit == "response":
             weights = [weight * len(group.response_ids) for weight, group in zip(weights, groups, strict=True)]
+        if unit == "every token":
+            tokens = [sum(int(flags.sum()) for flags in group.scored) for group in groups]
+            weights = [weight * count for weight, count in zip(weights, tokens, strict=True)]
         if unit == "token":
             weights = [
                 weight * imitated_tokens(group.feedback, [int(flags.sum()) for flags in group.scored])
@@ -162,6 +174,14 @@ class Objective:
         return any(part.facts.needs_reference for part in self.parts)
 
     @property
+    def needs_samples(self) -> bool:
+        return any(part.facts.needs_samples for part in self.parts)
+
+    @property
+    def needs_value_head(self) -> bool:
+        return any(part.facts.needs_value_head for part in self.parts)
+
+    @property
     def needs_token_kl(self) -> bool:
         return any(part.facts.needs_live_reference for part in self.parts)
 
@@ -188,17 +208,22 @@ class Objective:
         loss = zero
         loss_G = torch.zeros_like(rows.weight_G)
         shares: dict[str, Tensor] = {}
+        watched: dict[str, Tensor] = {}
         kept: dict[int, Quantities] = {}
         for number, (part, total) in enumerate(zip(self.parts, totals, strict=True)):
             values, kept[number] = part.values(measured, learn=learn)
-            weighted, of_group_G = part.weighted(values, rows)
+            weighted, of_group_G = part.weighted(values, rows, measured)
             divide_by = len(values) if part.facts.unit == "step" else total
             share = weighted.sum() / divide_by
             loss = loss + part.weight * share
             loss_G = loss_G + part.weight * of_group_G
             shares[part.facts.name] = share.detach()
+            if part.watch is not None:
+                with torch.no_grad():
+                    seen = part.watch(kept[number], **part.knobs)
+                    watched |= {name: part.weighted(value, rows, measured)[0].sum() / divide_by for name, value in seen.items()}
         rewarding = self.parts.index(self.rewarding) if self.rewarding else 0
-        return Outcome(loss, shares, loss_G, *_described(kept[rewarding], self.rewarding))
+        return Outcome(loss, shares, loss_G, *_described(kept[rewarding], self.rewarding), watched)
 
     def state(self) -> dict[str, dict[str, float]]:
         """Running statistics by loss and name, as kept in a checkpoint."""

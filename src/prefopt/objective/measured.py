@@ -81,11 +81,34 @@ def targets_of(feedback: Feedback, responses: int) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True, slots=True)
+class Drawn:
+    """What was known of sampled tokens when they were drawn, shape (N,) each; values are None without a value head."""
+
+    old_logp_N: Tensor
+    advantage_N: Tensor
+    old_value_N: Tensor | None
+    return_N: Tensor | None
+
+    @classmethod
+    def of(cls, groups: Sequence[TokenGroup], like: Tensor) -> Drawn:
+        """That of `groups`, each of which has an experience, on the device and in the dtype of `like`."""
+
+        def flat(name: str) -> Tensor | None:
+            values = [part for group in groups for part in getattr(group.experience, name)]
+            return to_device(np.concatenate(values), like.device).to(like.dtype) if values else None
+
+        old_logp_N, advantage_N = flat("old_logps"), flat("advantages")
+        assert old_logp_N is not None and advantage_N is not None, "these groups are no samples"
+        return cls(old_logp_N, advantage_N, flat("old_values"), flat("returns"))
+
+
+@dataclass(frozen=True, slots=True)
 class Measured:
     """Log-probs of the scored tokens of some groups (nats), or scores of a reward model.
 
     `tokens_S` counts scored tokens. `log_square_N`: log of the sum of squared probabilities, for WPO's weights.
     `kl_N`: KL(reference || policy) of the next token. `score_S`: a reward model's score, and then log-probs are empty.
+    `value_N`: what the value head predicts before each token. `drawn`: what was known of samples of the policy.
     `mismatch`: mean log(policy / reference) of the step's responses under other prompts, a number in nats.
     """
 
@@ -97,6 +120,8 @@ class Measured:
     log_square_N: Tensor | None = None
     kl_N: Tensor | None = None
     score_S: Tensor | None = None
+    value_N: Tensor | None = None
+    drawn: Drawn | None = None
     mismatch: float | None = None
 
     @property
@@ -106,10 +131,12 @@ class Measured:
     @property
     def differentiable(self) -> list[Tensor]:
         """What gradients flow through, in a fixed order."""
-        return [value for value in (self.policy_N, self.kl_N, self.score_S) if value is not None]
+        return [value for value in (self.policy_N, self.kl_N, self.score_S, self.value_N) if value is not None]
 
 
-def measured(groups: Sequence[TokenGroup], response_N: Tensor, policy_N: Tensor, **more: Tensor | float | None) -> Measured:
+def measured(
+    groups: Sequence[TokenGroup], response_N: Tensor, policy_N: Tensor, **more: Tensor | Drawn | float | None
+) -> Measured:
     """A Measured of `groups`; `more` are its optional fields."""
     return Measured(
         tuple(group.feedback for group in groups),
@@ -142,5 +169,20 @@ def joined(parts: Sequence[Measured]) -> Measured:
         log_square_N=cat("log_square_N"),
         kl_N=cat("kl_N", leaf=True),
         score_S=cat("score_S", leaf=True),
+        value_N=cat("value_N", leaf=True),
+        drawn=_joined_drawn([part.drawn for part in parts if part.drawn is not None]),
         mismatch=parts[0].mismatch,
     )
+
+
+def _joined_drawn(parts: Sequence[Drawn]) -> Drawn | None:
+    if not parts:
+        return None
+
+    def cat(name: str) -> Tensor | None:
+        values = [getattr(part, name) for part in parts]
+        return None if values[0] is None else torch.cat(values)
+
+    old_logp_N, advantage_N = cat("old_logp_N"), cat("advantage_N")
+    assert old_logp_N is not None and advantage_N is not None
+    return Drawn(old_logp_N, advantage_N, cat("old_value_N"), cat("return_N"))

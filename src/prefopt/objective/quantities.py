@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from prefopt.objective.divergences import divergence_score
-from prefopt.objective.measured import Measured, Rows
+from prefopt.objective.measured import Drawn, Measured, Rows
+from prefopt.objective.reference_free import log_complement
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,16 @@ class Quantities:
         return torch.exp(aligned_S[first_G] + aligned_S[first_G + 1])
 
     @property
+    def drawn(self) -> Drawn:
+        assert self.measured.drawn is not None, "the loss needs samples of the policy and got rows"
+        return self.measured.drawn
+
+    @cached_property
+    def value_N(self) -> Tensor:
+        assert self.measured.value_N is not None, "the policy has no value head"
+        return self.measured.value_N
+
+    @property
     def _reference_N(self) -> Tensor:
         assert self.measured.reference_N is not None, "the loss needs a reference and got none"
         return self.measured.reference_N
@@ -144,6 +155,11 @@ class Quantities:
         return like.new_full((), max(0.0, self.measured.mismatch))
 
 
+def _known(value: Tensor | None) -> Tensor:
+    assert value is not None, "the samples were drawn without a value head"
+    return value
+
+
 _Of = Callable[[Quantities], Tensor]
 
 _OF_RESPONSE: dict[str, _Of] = {
@@ -154,6 +170,7 @@ _OF_RESPONSE: dict[str, _Of] = {
     "_tokens": lambda q: q.tokens_S,
     "_kl": lambda q: q.kl_S,
     "_score": lambda q: q.score_S,
+    "_mean_log_complement": lambda q: q.per_response(log_complement(q.measured.policy_N)) / q.tokens_S,
 }
 
 _NAMED: dict[str, _Of] = {
@@ -173,4 +190,13 @@ _NAMED: dict[str, _Of] = {
     "value_GK": lambda q: q.ranked(q.rows.target_S),
     "best_logp_G": lambda q: q.best(q.logp_S),
     "best_tokens_G": lambda q: q.best(q.tokens_S),
+    "logp_N": lambda q: q.measured.policy_N,
+    "old_logp_N": lambda q: q.drawn.old_logp_N,
+    "advantage_N": lambda q: q.drawn.advantage_N,
+    "value_N": lambda q: q.value_N,
+    "old_value_N": lambda q: _known(q.drawn.old_value_N),
+    "return_N": lambda q: _known(q.drawn.return_N),
+    "sampled_logp_S": lambda q: q.logp_S,
+    "old_logp_S": lambda q: q.per_response(q.drawn.old_logp_N),
+    "advantage_S": lambda q: q.per_response(q.drawn.advantage_N) / q.tokens_S,
 }

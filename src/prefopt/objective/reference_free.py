@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,6 +40,16 @@ def orpo(chosen_mean_logp_G: Tensor, rejected_mean_logp_G: Tensor, *, beta: floa
     return -chosen_mean_logp_G - beta * F.logsigmoid(log_odds_ratio_G)
 
 
+def unlikelihood(chosen_mean_logp_G: Tensor, rejected_mean_log_complement_G: Tensor, *, alpha: float = 1.0) -> Tensor:
+    """Unlikelihood loss of each pair, shape (G,), in nats per token: imitate chosen, make each token of rejected unlikely.
+
+    arXiv 1908.04319 eq. 4 with the token of the rejected response as the only negative candidate: the baseline of arXiv
+    2305.18290 section 6, where "minimize the probability" leaves open how. -log(1 - p) is at least 0 and lets go of a
+    token once it is unlikely; log p would fall for ever. `alpha` is from 0 (imitation alone) to 1.
+    """
+    return -chosen_mean_logp_G - alpha * rejected_mean_log_complement_G
+
+
 def log_odds(logp: Tensor) -> Tensor:
     """log(p / (1 - p)) of a log-prob in nats: logp - log(1 - exp(logp)), any shape.
 
@@ -46,3 +58,14 @@ def log_odds(logp: Tensor) -> Tensor:
     """
     below_0 = logp.clamp(max=-torch.finfo(logp.dtype).eps)
     return below_0 - torch.log(-torch.expm1(below_0))
+
+
+def log_complement(logp: Tensor) -> Tensor:
+    """log(1 - p) of a log-prob in nats, any shape. Its slope is -p / (1 - p) in logp, and -p in the logit of p.
+
+    expm1 and log1p keep the digits where p is near 1 and near 0. p = 1 counts as 1 - eps of the dtype, without a gradient.
+    """
+    below_0 = logp.clamp(max=-torch.finfo(logp.dtype).eps)
+    likely = below_0 > -math.log(2)  # the branch that is not taken gets a harmless value: its slope must not be 0 * inf
+    of_likely = torch.log(-torch.expm1(below_0.masked_fill(~likely, -1.0)))
+    return torch.where(likely, of_likely, torch.log1p(-torch.exp(below_0.masked_fill(likely, -1.0))))

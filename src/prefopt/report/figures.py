@@ -28,6 +28,7 @@ from prefopt.report.drawing import (
 )
 from prefopt.report.history import History, number, part, perplexity
 from prefopt.report.known import known_start
+from prefopt.report.rounds import round_figures
 from prefopt.report.wording import Wording, wording
 
 _UNEQUAL = 20.0  # parts of a mix that differ by more than this factor are drawn on a logarithmic axis
@@ -42,6 +43,7 @@ def run_figures(
     """Figures of training and evaluation, those without numbers left out."""
     history, said = History(events), wording(config, audit)
     drawn = [
+        *round_figures(history),
         _loss(history, config, said),
         _parts(history, config),
         _accuracy(history, said),

@@ -6,12 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefopt.core.events import Event
-from prefopt.report import data_rules, evaluation_rules, training_rules
+from prefopt.report import data_rules, evaluation_rules, round_rules, training_rules
 from prefopt.report.history import History
 from prefopt.report.known import Finding, Known, Rule
 
 RULES: tuple[Rule, ...] = (
     training_rules.start_differs,
+    round_rules.reward_of_rounds,
+    round_rules.collapsed,
+    round_rules.length_played,
+    round_rules.steps_too_large,
     evaluation_rules.reward_change,
     evaluation_rules.win_rate,
     training_rules.heldout_evidence,

@@ -5,6 +5,7 @@ step-000123/
                                                      train.optimizer=adamw_bf16 the bf16 weights)
   optimizer.safetensors                              AdamW's state by weight name, with the state of its random bits
   reference.safetensors                              a reference that follows the policy (tr-dpo, ema), fp32
+  value_head.safetensors                             the value head of PPO, fp32
   training.json                                      step, tokens seen, running statistics, reference and data identity
   manifest.json                                      every file with its size; written last
 
@@ -36,6 +37,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "training.json"
 ADAPTER_FOLDER = "adapter"
 REFERENCE_FILE = "reference.safetensors"
+VALUE_HEAD_FILE = "value_head.safetensors"
 
 
 def checkpoint_bytes(training: Training) -> int:
@@ -82,13 +84,17 @@ def _write_files(training: Training, folder: Path) -> None:
             _save_model(training, folder)
         if adapter is not None:
             home = folder / ADAPTER_FOLDER if adapter.config.save == "merged" else folder
-            write_adapter(training.policy, training.optimizer.masters, home)
+            write_adapter(training.policy, _of_model(training), home)
         whole = training.optimizer.separate or adapter is not None
         if whole and (folder / "config.json").exists():
             config = read_json(folder / "config.json")  # transformers writes the compute dtype; what is saved are the masters
             write_json(folder / "config.json", {**config, "dtype": "float32"})
         training.policy.tokenizer.save_pretrained(folder)
         save_file(state, folder / OPTIMIZER_FILE)
+        if training.policy.value_head is not None:
+            masters = training.optimizer.masters
+            own = {name: masters[name].detach() for name in masters.keys() - training.optimizer.model_parameters.keys()}
+            save_file(own, folder / VALUE_HEAD_FILE)
     except Exception as error:  # safetensors and tokenizers have error types of their own for a full disk
         if "No space left" in str(error):
             raise StorageError(
@@ -99,6 +105,11 @@ def _write_files(training: Training, folder: Path) -> None:
         save_file({name: weight.contiguous() for name, weight in training.reference.weights.items()}, folder / REFERENCE_FILE)
     position = {"step": training.step, "num_tokens": training.num_tokens, "running": training.objective.state()}
     write_json(folder / STATE_FILE, {**position, **identities(training)})
+
+
+def _of_model(training: Training) -> dict[str, Tensor]:
+    """The masters of the model's own weights, without those of a value head."""
+    return {name: training.optimizer.masters[name] for name in training.optimizer.model_parameters}
 
 
 def _save_model(training: Training, folder: Path) -> None:
@@ -185,6 +196,8 @@ def load_checkpoint(training: Training, folder: Path) -> None:
     else:
         for file in sorted(folder.glob("model*.safetensors")):
             weights.update(load_file(file))
+    if training.policy.value_head is not None and (folder / VALUE_HEAD_FILE).exists():
+        weights.update(load_file(folder / VALUE_HEAD_FILE))
     missing = training.optimizer.masters.keys() - weights.keys()
     if missing:
         raise StorageError(f"{folder}: has no weight {sorted(missing)[0]}", todo="Resume from another checkpoint.")

@@ -24,7 +24,7 @@ from prefopt.model.reference import Reference
 from prefopt.model.reward_model import RewardModel
 from prefopt.model.transfer import to_device
 from prefopt.objective.apply import Objective, Outcome
-from prefopt.objective.measured import Measured, joined, measured, targets_of
+from prefopt.objective.measured import Drawn, Measured, joined, measured, targets_of
 from prefopt.train.record import StepValues
 
 WITHOUT_GRADIENTS = 2  # budgets of a pass that keeps nothing for a backward pass
@@ -115,6 +115,7 @@ class Gradients:
         said = self.policy.token_statistics(
             batch,
             log_square=self.objective.needs_log_square,
+            values=self.objective.needs_value_head,
             reference=live,
             reference_scope=self.reference.scope() if live is not None else None,
         )
@@ -125,6 +126,8 @@ class Gradients:
             reference_N=reference_N,
             log_square_N=said.log_square_N,
             kl_N=said.kl_N,
+            value_N=said.value_N,
+            drawn=Drawn.of(groups, said.logp_N) if self.objective.needs_samples else None,
             mismatch=mismatch,
         )
 
@@ -164,6 +167,8 @@ class Gradients:
             return np.concatenate([pieces[place] for place in order])
 
         statistics = {} if mismatch is None else {"kl": max(0.0, mismatch)}
+        for name in outcomes[0].watched:
+            statistics[name] = float(sum(outcome.watched[name] for outcome in outcomes))
         for part in self.objective.parts:
             statistics.update({name: running.value for name, running in part.running.items()})
         return StepValues(
@@ -179,4 +184,5 @@ class Gradients:
             logp=of_responses("logp_S"),
             tokens=of_responses("tokens_S"),
             statistics=statistics,
+            compares=not self.objective.needs_samples,
         )

@@ -35,6 +35,8 @@ from prefopt.train.moving_reference import MovingReference
 from prefopt.train.optimizer import Optimizer, learning_rate, make_optimizer
 from prefopt.train.record import StepRecord, StepValues
 
+VALUE_HEAD = "value_head"  # begins the names of its weights
+
 # Largest |log-ratio| per token (nats) of a response while policy == reference that is still rounding.
 _STEP_ZERO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
@@ -67,7 +69,11 @@ class Training:
         self.policy.disable_dropout()
         self.policy.model.train()
         set_activations(self.policy, self.config)
-        self.optimizer = make_optimizer(self.policy.model, self.config, self.policy.dtype, seed=self.data_seed)
+        head = self.policy.value_head
+        own_head = None if head is None else {f"{VALUE_HEAD}.{name}": weight for name, weight in head.named_parameters()}
+        self.optimizer = make_optimizer(
+            self.policy.model, self.config, self.policy.dtype, seed=self.data_seed, own_head=own_head
+        )
 
     @property
     def total_steps(self) -> int:
@@ -90,6 +96,10 @@ class Training:
         if not all(feedback.kind == "label" for feedback in feedbacks):
             return None
         return [int(bool(feedback.label)) for feedback in feedbacks]
+
+    def epoch_at(self, step: int) -> float:
+        """Passes over the rows that are made behind optimizer step `step`."""
+        return min(step * self.config.groups_per_step, self._total_groups) / len(self.groups)
 
     @property
     def _total_groups(self) -> int:
@@ -134,7 +144,7 @@ class Training:
         seconds = time.monotonic() - started
         return StepRecord(
             step=self.step,
-            epoch=min(self.step * self.config.groups_per_step, self._total_groups) / len(self.groups),
+            epoch=self.epoch_at(self.step),
             values=values,
             grad_norm=grad_norm,
             lr=lr,

@@ -22,9 +22,12 @@ class MasterOptimizer:
     A bf16 weight loses updates below 1/256 of its size, which is all of them at common learning rates; so updates go
     to the masters, and gradients of micro-batches are added up in fp32. Where few weights train (LoRA), their gradients
     stay allocated: made anew between large activations, they would leave gaps that the CPU's allocator cannot fill.
+    `own_head`: parameters by name that are trained besides and are no part of the model (a value head).
     """
 
-    def __init__(self, model: Any, config: TrainConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: Any, config: TrainConfig, dtype: torch.dtype, own_head: Mapping[str, torch.nn.Parameter] | None = None
+    ) -> None:
         named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.model_parameters = named
         self.max_grad_norm = config.max_grad_norm
@@ -41,6 +44,7 @@ class MasterOptimizer:
         if self.keeps_gradients and not self.separate:
             for master in self.masters.values():
                 master.grad = torch.zeros_like(master)
+        self.masters |= own_head or {}  # fp32 whatever the model computes in
         decayed = [master for master in self.masters.values() if master.ndim > 1]
         plain = [master for master in self.masters.values() if master.ndim <= 1]
         self.groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -115,7 +119,8 @@ class MasterOptimizer:
     def copy_to_model(self) -> None:
         """Round the masters into the model's weights; nothing to do in fp32."""
         if self.separate:
-            torch._foreach_copy_(list(self.model_parameters.values()), list(self.masters.values()))
+            masters = [self.masters[name] for name in self.model_parameters]
+            torch._foreach_copy_(list(self.model_parameters.values()), masters)
 
     def state(self) -> dict[str, Tensor]:
         """AdamW's state by weight name, as named in the model: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`."""
@@ -197,14 +202,21 @@ _EIGHT_BIT_STATE = {"exp_avg": "state1", "exp_avg_sq": "state2", "exp_avg_scale"
 Optimizer = MasterOptimizer | Bf16Optimizer
 
 
-def make_optimizer(model: Any, config: TrainConfig, dtype: torch.dtype, *, seed: int = 0) -> Optimizer:
+def make_optimizer(
+    model: Any,
+    config: TrainConfig,
+    dtype: torch.dtype,
+    *,
+    seed: int = 0,
+    own_head: Mapping[str, torch.nn.Parameter] | None = None,
+) -> Optimizer:
     """The optimizer of train.optimizer for the weights of `model` that train; `model` is cast to `dtype`.
 
-    `seed`: of adamw_bf16's rounding.
+    `seed`: of adamw_bf16's rounding. `own_head`: see MasterOptimizer; adamw_bf16 has none.
     """
     if config.optimizer == "adamw_bf16":
         return Bf16Optimizer(model, config, seed=seed)
-    return (EightBitOptimizer if config.optimizer == "adamw_8bit" else MasterOptimizer)(model, config, dtype)
+    return (EightBitOptimizer if config.optimizer == "adamw_8bit" else MasterOptimizer)(model, config, dtype, own_head)
 
 
 def learning_rate(step: int, *, total: int, config: TrainConfig) -> float:

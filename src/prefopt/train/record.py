@@ -20,7 +20,8 @@ class StepValues:
 
     `responses`: responses of each group. `target`: how good each response is said to be (see Rows.target_S). `loss`:
     the value of each group before it is divided by the step's totals; NaN where a formula's values belong to no group. `parts`: the loss of each
-    part, averaged over its units; `total` their weighted sum. `statistics`: numbers of the step as a whole.
+    part, averaged over its units; `total` their weighted sum. `statistics`: numbers of the step as a whole. `compares`:
+    whether responses were compared with each other, good ones with others.
     """
 
     sources: tuple[str, ...]
@@ -35,6 +36,7 @@ class StepValues:
     logp: Values
     tokens: Values
     statistics: Mapping[str, float] = field(default_factory=dict)
+    compares: bool = True
 
     def __post_init__(self) -> None:
         assert len(self.target) == len(self.reward) == self.responses.sum()
@@ -88,17 +90,23 @@ class StepValues:
             named["rewards/rejected"] = _mean(others)
             named["rewards/margins"] = _mean(good) - _mean(others)
             named["rewards/accuracies"] = self.accuracy()[0]
+        if self.compares:
+            named |= self._compared()
+        named.update(self.statistics)
+        return {name: value for name, value in named.items() if np.isfinite(value)}
+
+    def _compared(self) -> dict[str, float]:
+        named: dict[str, float] = {}
         for name, values in (("logps", self.logp), ("lengths", self.tokens)):
             good, others = self._sides(values)
             named[f"{name}/chosen"], named[f"{name}/rejected"] = _mean(good), _mean(others)
         if (self.responses > 1).any():
             named["logps/accuracies"] = self._concordance(self.logp)[0]
-        named.update(self.statistics)
-        return {name: value for name, value in named.items() if np.isfinite(value)}
+        return named
 
     def drift(self) -> dict[str, float]:
         """Mean log(policy / reference) of the good and of the other responses, nats."""
-        if np.isnan(self.ratio).all():
+        if np.isnan(self.ratio).all() or not self.compares:
             return {}
         good, others = self._sides(self.ratio)
         found = {"drift/chosen": _mean(good), "drift/rejected": _mean(others)}

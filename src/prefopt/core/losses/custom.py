@@ -7,7 +7,7 @@ import inspect
 import os
 import sys
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from prefopt.core.errors import ConfigError, nearest
 from prefopt.core.losses.facts import INPUTS, Knob, LossFacts
@@ -21,7 +21,7 @@ def custom_facts(name: str) -> LossFacts:
     """Facts of the loss `module:function`, imported from the working folder or the Python path.
 
     Positional parameters name quantities of INPUTS; keyword-only parameters with defaults are its options. It returns
-    one loss a group, shape (G,), or one a response, (S,), where it takes quantities of responses; a module attribute
+    one loss a group, shape (G,), or one a response, (S,), or a token, (N,), where it takes quantities of those; a module attribute
     `STEP_WIDE = {"function"}` says that it needs all groups of a step at once. ConfigError where it is not like that.
     """
     module_name, _, function_name = name.partition(":")
@@ -46,7 +46,7 @@ def custom_facts(name: str) -> LossFacts:
         paper="your own",
         inputs=tuple(inputs),
         knobs=knobs,
-        unit="response" if _of_responses(name, inputs) else "group",
+        unit=_unit(name, inputs),
         step_wide=function_name in getattr(module, "STEP_WIDE", ()) or any(INPUTS[entry].running for entry in inputs),
     )
     if not facts.accepts:
@@ -63,8 +63,9 @@ def _parameters(name: str, function: Any) -> list[inspect.Parameter]:
         raise ConfigError(f'loss "{name}": its parameters cannot be read', todo="Wrap it in a function of your own.") from error
 
 
-def _of_responses(name: str, inputs: list[str]) -> bool:
-    """Whether the loss is of responses rather than of groups, by the quantities that it takes."""
+def _unit(name: str, inputs: list[str]) -> Literal["group", "response", "every token"]:
+    """What the loss gives one value of: groups, responses or tokens, by the quantities that it takes."""
+    tokens = [entry for entry in inputs if entry.endswith("_N")]
     responses = [entry for entry in inputs if entry.endswith("_S")]
     groups = [entry for entry in inputs if entry.endswith(("_G", "_GK"))]
     if not inputs:
@@ -76,7 +77,12 @@ def _of_responses(name: str, inputs: list[str]) -> bool:
             f'loss "{name}": it takes {responses[0]}, of each response, and {groups[0]}, of each group',
             todo="Use one kind: of pairs, chosen_G and rejected_G are what ratio_S is of responses.",
         )
-    return bool(responses)
+    if tokens and (responses or groups):
+        raise ConfigError(
+            f'loss "{name}": it takes {tokens[0]}, of each token, and {(responses or groups)[0]}, of something larger',
+            todo="Use quantities of one kind.",
+        )
+    return "every token" if tokens else "response" if responses else "group"
 
 
 def _import(name: str, module_name: str, function_name: str) -> tuple[Any, Any]:

@@ -16,6 +16,7 @@ FAMILIES = (
     "K ranked or scored responses",
     "demonstrations",
     "a reward model",
+    "the policy's own samples, by their rewards",
 )
 
 KINDS: dict[Kind, str] = {
@@ -33,13 +34,15 @@ MIXES = (
 
 SHAPES = (
     "The end of a name is its shape: _G one value a row, _S one a response, _GK one for each place of a ranking from best"
-    " to worst, no ending one number for the whole step. Log-probs and log-ratios are in nats."
+    " to worst, _N one a scored token, no ending one number for the whole step. Log-probs and log-ratios are in nats."
 )
 
 
 def family(facts: LossFacts) -> str:
     """What the loss learns from, one of FAMILIES."""
-    pairs_with, pairs_without, labelled, ranked, demonstrations, reward_model = FAMILIES
+    pairs_with, pairs_without, labelled, ranked, demonstrations, reward_model, samples = FAMILIES
+    if facts.needs_samples:
+        return samples
     if facts.trains_reward_model:
         return reward_model
     for kind, name in (("demonstration", demonstrations), ("label", labelled), ("ranking", ranked)):
@@ -72,6 +75,10 @@ def accepts_text(facts: LossFacts) -> str:
 def needs_text(facts: LossFacts) -> str:
     """What it asks for besides the log-probs of the policy, in one line."""
     needs = ["a reference" if facts.needs_reference else "no reference"]
+    if facts.needs_samples:
+        needs = ["prompts and a reward (section rollout); a reference for the KL penalty"]
+    if facts.needs_value_head:
+        needs.append("a value head, which the policy is given")
     if facts.trains_reward_model:
         needs.append("a model with a head for one score, which any language model is given")
     return "; ".join([*needs, *extra_needs(facts)])
@@ -95,6 +102,8 @@ def tokens_text(facts: LossFacts) -> str:
     """Whether what it compares is summed or averaged over the tokens of a response."""
     if facts.trains_reward_model:
         return "one score a response, read at its last token"
+    if facts.unit == "every token":
+        return "each token by itself"
     if facts.implicit_reward == "mean_logp":
         return "log-probs averaged over the tokens of a response"
     quantity = "log-ratios" if _RATIOS & set(facts.inputs) else "log-probs"
@@ -109,6 +118,7 @@ def unit_text(facts: LossFacts) -> str:
         "group": f"{group} of a step, by their weights",
         "response": "responses of a step, by the weights of their rows; a pair counts as two",
         "token": "all imitated tokens of a step, so that every token counts the same",
+        "every token": "all tokens of all samples of a step, so that every token counts the same",
         "step": "quantiles of a step; its values belong to no row",
     }[facts.unit]
 
@@ -188,12 +198,16 @@ def input_text(quantity: Input) -> str:
         needs.append("the whole step")
     if quantity.reward_model:
         needs.append("a reward model")
+    if quantity.sampled:
+        needs.append("the policy's own samples")
+    if quantity.value_head:
+        needs.append("a value head")
     return ", ".join(needs)
 
 
 _DERIVED = (
     *("accepts", "columns", "needs_reference", "needs_live_reference", "needs_mismatched"),
-    *("trains_reward_model", "learns_from_ties", "implicit_reward"),
+    *("trains_reward_model", "needs_samples", "needs_value_head", "learns_from_ties", "implicit_reward"),
 )
 
 

@@ -20,7 +20,8 @@ class Input:
 
     `kinds`: rows that have it. `column`: field that every row must have. `live`: needs the reference's whole
     distribution, not only cached log-probs. `mismatched`: needs each response scored under another prompt as well.
-    `running`: a statistic of a whole step, or one that is carried from step to step.
+    `running`: a statistic of a whole step, or one that is carried from step to step. `sampled`: known only of the policy's
+    own samples (section rollout). `value_head`: needs a head that predicts the reward to come.
     """
 
     about: str
@@ -31,6 +32,8 @@ class Input:
     mismatched: bool = False
     running: bool = False
     reward_model: bool = False
+    sampled: bool = False
+    value_head: bool = False
 
 
 _RATIO = "log(policy / reference), summed over its scored tokens"
@@ -40,6 +43,22 @@ def _both(quantity: str, about: str, **needs: Any) -> dict[str, Input]:
     """The quantity of the chosen and of the rejected response of each pair."""
     return {f"{side}{quantity}_G": Input(f"{side} response: {about}", PAIR, **needs) for side in ("chosen", "rejected")}
 
+
+def _drawn(about: str, *, value_head: bool = False) -> Input:
+    return Input(about, ("scores",), sampled=True, value_head=value_head)
+
+
+_SAMPLED = {
+    "logp_N": _drawn("each scored token: log-prob of the policy"),
+    "old_logp_N": _drawn("each scored token: log-prob of the policy that drew it; no gradient"),
+    "advantage_N": _drawn("each scored token: its advantage; no gradient"),
+    "value_N": _drawn("each scored token: value of what is before it, by the value head", value_head=True),
+    "old_value_N": _drawn("each scored token: value when it was drawn; no gradient", value_head=True),
+    "return_N": _drawn("each scored token: advantage plus old value; no gradient", value_head=True),
+    "sampled_logp_S": _drawn("each response: log-prob of the policy, summed over its scored tokens"),
+    "old_logp_S": _drawn("each response: log-prob of the policy that drew it; no gradient"),
+    "advantage_S": _drawn("each response: its advantage, the mean over its scored tokens; no gradient"),
+}
 
 INPUTS: dict[str, Input] = {
     **_both("", _RATIO, reference=True),
@@ -84,6 +103,8 @@ INPUTS: dict[str, Input] = {
     "value_GK": Input("the row's scores from best to worst; K - rank where it has a ranking, (1, 0) for pairs", RANKED),
     "best_logp_G": Input("best or only response: log-prob of the policy, summed over its scored tokens", ANY),
     "best_tokens_G": Input("best or only response: count of scored tokens", ANY),
+    **_both("_mean_log_complement", "log(1 - probability under the policy), averaged over its scored tokens"),
+    **_SAMPLED,
 }
 
 
@@ -109,7 +130,7 @@ class LossFacts:
     """Facts of one loss. `formula` is plain text in the symbols of the docs; `function` is `module:name`.
 
     `inputs`: the positional parameters of the function, names of INPUTS. `unit`: what its values are averaged over
-    within a step: groups, responses, tokens of the best response, or "step" for a formula that couples all groups of
+    within a step: groups, responses, tokens of the best response, every token of all responses, or "step" for a formula that couples all groups of
     the step and whose values belong to none of them. `step_wide`: needs all groups of a step at once.
     `strict_order`: tied scores cannot be used. `reduce`: log-ratios are summed or averaged over tokens, or by choice.
     """
@@ -122,7 +143,7 @@ class LossFacts:
     inputs: tuple[str, ...]
     knobs: dict[str, Knob] = field(default_factory=dict)
     reduce: Literal["sum", "mean", "choice"] = "sum"
-    unit: Literal["group", "response", "token", "step"] = "group"
+    unit: Literal["group", "response", "token", "every token", "step"] = "group"
     step_wide: bool = False
     strict_order: bool = False
     since: str = "0.2"
@@ -152,6 +173,14 @@ class LossFacts:
     @property
     def trains_reward_model(self) -> bool:
         return any(INPUTS[name].reward_model for name in self.inputs)
+
+    @property
+    def needs_samples(self) -> bool:
+        return any(INPUTS[name].sampled for name in self.inputs)
+
+    @property
+    def needs_value_head(self) -> bool:
+        return any(INPUTS[name].value_head for name in self.inputs)
 
     @property
     def learns_from_ties(self) -> bool:

@@ -54,4 +54,21 @@ FACTS = (
         inputs=("chosen_mean_logp_G", "rejected_mean_logp_G"),
         knobs=beta(0.1, "weight of the odds-ratio term beside the imitation of chosen; 0.1 to 0.2 in the paper"),
     ),
+    LossFacts(
+        name="unlikelihood",
+        title="Unlikelihood: imitation of chosen, and each token of rejected made unlikely",
+        function="prefopt.objective.reference_free:unlikelihood",
+        formula="-(mean log p of chosen's tokens) - alpha (mean log(1 - p) of rejected's tokens)",
+        paper="arXiv 1908.04319, eq. 4; the baseline of arXiv 2305.18290, section 6, where log-probs are summed and how the"
+        " probability of rejected is minimised is left open",
+        inputs=("chosen_mean_logp_G", "rejected_mean_log_complement_G"),
+        knobs={
+            "alpha": Knob(
+                1.0,
+                "weight of the unlikelihood term, 1 in arXiv 1908.04319; 0 leaves imitation of chosen alone",
+                low=0.0,
+                high=1.0,
+            ),
+        },
+    ),
 )

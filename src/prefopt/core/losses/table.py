@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefopt.core.errors import ConfigError, nearest
-from prefopt.core.losses import listwise, pair_variants, pairs, reference_free, single, unpaired
+from prefopt.core.losses import listwise, pair_variants, pairs, policy_gradient, reference_free, single, unpaired
 from prefopt.core.losses.custom import custom_facts
 from prefopt.core.losses.facts import Knob, LossFacts, Value
 
 LOSSES: dict[str, LossFacts] = {
-    facts.name: facts for table in (pairs, pair_variants, reference_free, unpaired, listwise, single) for facts in table.FACTS
+    facts.name: facts
+    for table in (pairs, pair_variants, reference_free, unpaired, listwise, single, policy_gradient)
+    for facts in table.FACTS
 }
 
 
