@@ -112,7 +112,7 @@ def test_the_whole_result_is_json_and_follows_its_seed(policy: LanguageModel, re
     first, rows = run(3)
     assert json.loads(json.dumps(first, allow_nan=False)) == first
     assert set(first) == {
-        "checkpoint", "settings", "heldout", "reward", "win_rate", "kl", "length", "finished", "diversity"
+        "checkpoint", "settings", "heldout", "diagnosis", "reward", "win_rate", "kl", "length", "finished", "diversity"
     }  # fmt: skip
     assert [row["prompt"] for row in rows] == PROMPTS
     assert run(3) == (first, rows)
@@ -130,7 +130,7 @@ def test_kl_is_left_out_with_a_note_away_from_temperature_1(policy: LanguageMode
 def test_held_out_pairs_alone_need_no_samples(policy: LanguageModel, reference: LanguageModel) -> None:
     result, rows = evaluate(policy, reference, pairs=pairs(), beta=0.5)
     assert rows == []
-    assert set(result) == {"checkpoint", "settings", "heldout"}
+    assert set(result) == {"checkpoint", "settings", "heldout", "diagnosis"}
     sums = [[math.fsum(scores) for scores in group] for model in (policy, reference) for group in model.score(pairs())]
     m = np.diff(np.array(sums[9:]) - np.array(sums[:9]))[:, 0]
     assert math.isclose(result["heldout"]["margin"]["value"], m.mean(), rel_tol=1e-6)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from prefopt.report import data_rules, evaluation_rules, training_rules
+from prefopt.report import data_rules, diagnosis_rules, evaluation_rules, round_rules, training_rules
 from prefopt.report.findings import RULES, findings
 from prefopt.report.history import History
 from prefopt.report.known import Finding, Known
@@ -50,6 +50,38 @@ def fell(chosen: float, rejected: float, tokens: float = 100.0) -> list[dict[str
 
 def sides(section: str, policy: Any, reference: Any) -> dict[str, Any]:
     return {section: {"policy": policy, "reference": reference}}
+
+
+def rounds(*scores: float, std: float = 0.1, **metrics: tuple[float, float]) -> list[dict[str, Any]]:
+    """Rounds with these mean rewards of 100 samples; of other metrics the first and the last round's value."""
+    found = [
+        {"kind": "round", "step": 4 * at, "round": at, "objective/scores": score, "objective/scores_std": std}
+        | {"objective/responses": 100.0, "objective/kl": 2.0 * at}
+        for at, score in enumerate(scores)
+    ]
+    for name, ends in metrics.items():
+        found[0][f"objective/{name}"], found[-1][f"objective/{name}"] = ends
+    return found
+
+
+def diagnosis(**sections: Any) -> dict[str, Any]:
+    return {"diagnosis": sections}
+
+
+def displaced(share: tuple[float, float, float]) -> dict[str, Any]:
+    tokens = [{"token": " the", "change": -1.5, "count": 9}]
+    return diagnosis(displacement={"chosen_fell": span(*share), "chosen": span(-3, -4, -2), "tokens_that_fell": tokens})
+
+
+def explained(share: float) -> dict[str, Any]:
+    return diagnosis(length={"explained": share, "nats_per_token": 0.2, "margin_at_equal_length": 1.0})
+
+
+def denied(probability: float) -> dict[str, Any]:
+    return diagnosis(contradicted=[{"source": "rows:3", "margin": -4.0, "probability_of_label": probability}])
+
+
+SATISFIED = diagnosis(satisfied={"by_reference": span(0.6, 0.5, 0.7), "gradient_weight": {"mean": 0.31}})
 
 
 def kl(nats: float) -> dict[str, Any]:
@@ -154,6 +186,17 @@ FIRES: list[tuple[str, Rule, str, Known]] = [
     ("leak", data_rules.leakage, "warning", known(audit={"leakage": {"against": "eval.jsonl", "prompts": 1, "groups": 0}})),
     ("refused", data_rules.refused, "warning", known(audit=refusals(51))),
     ("overlong", data_rules.overlong, "warning", known(audit=over(51))),
+    ("rounds gained", round_rules.reward_of_rounds, "good", known(rounds(0.1, 0.2))),
+    ("rounds lost", round_rules.reward_of_rounds, "warning", known(rounds(0.2, 0.1))),
+    ("rounds level", round_rules.reward_of_rounds, "note", known(rounds(0.1, 0.128))),
+    ("entropy below half", round_rules.collapsed, "warning", known(rounds(0, 1, entropy=(40.0, 19.0), length=(10.0, 10.0)))),
+    ("length 1.5", round_rules.length_played, "warning", known(rounds(0, 1, length=(100.0, 150.0)))),
+    ("clipped 0.31", round_rules.steps_too_large, "warning", known(steps(policy__clipfrac_avg=0.31))),
+    ("chosen fell", diagnosis_rules.likelihood_displaced, "note", known(evaluation=displaced((0.6, 0.51, 0.7)))),
+    ("length explains", diagnosis_rules.length_explains, "warning", known(evaluation=explained(0.26))),
+    ("label denied", diagnosis_rules.labels_denied, "note", known(evaluation=denied(0.09))),
+    ("weights", diagnosis_rules.satisfied_before, "note", known(evaluation=SATISFIED)),
+    ("price", diagnosis_rules.price_of_reward, "note", known(evaluation=reward(0.1, 0.05, 0.2) | kl(3))),
 ]
 SILENT: list[tuple[str, Rule, Known]] = [
     ("start exact", training_rules.start_differs, known(steps(1, loss=LN2))),
@@ -192,6 +235,14 @@ SILENT: list[tuple[str, Rule, Known]] = [
         data_rules.rare_class,
         known(audit=labels(50, 950), config={"loss": {"name": "kto", "desirable_weight": 19.0}}),
     ),
+    ("reward of one round", round_rules.reward_of_rounds, known(rounds(0.1))),
+    ("entropy halved", round_rules.collapsed, known(rounds(0, 1, entropy=(40.0, 20.0), length=(10.0, 10.0)))),
+    ("length 1.49", round_rules.length_played, known(rounds(0, 1, length=(100.0, 149.0)))),
+    ("clipped 0.3", round_rules.steps_too_large, known(steps(policy__clipfrac_avg=0.3))),
+    ("chosen fell in half", diagnosis_rules.likelihood_displaced, known(evaluation=displaced((0.6, 0.5, 0.7)))),
+    ("length explains a quarter", diagnosis_rules.length_explains, known(evaluation=explained(0.25))),
+    ("label at 10 %", diagnosis_rules.labels_denied, known(evaluation=denied(0.1))),
+    ("nothing gained", diagnosis_rules.price_of_reward, known(evaluation=reward(0.1, 0.0, 0.2) | kl(3))),
     ("no leak", data_rules.leakage, known(audit={"leakage": {"against": "e", "prompts": 0, "groups": 0}})),
     ("no duplicates", data_rules.duplicates, known(audit=counted("duplicates", 0))),
     ("no contradictions", data_rules.contradictions, known(audit=counted("contradictions", 0))),

@@ -6,6 +6,7 @@ audit.json        what `prefopt check` found in the rows
 events.jsonl      what happened, appended (prefopt.core.events)
 evaluation.json   results of `prefopt evaluate`
 samples.jsonl     policy and reference on the same prompts
+comparisons/      every comparison that a judge made, a file for each opponent and judge
 checkpoints/      step-000123/ in Hugging Face's layout, with a manifest written last
 report.html       written by `prefopt report`
 """

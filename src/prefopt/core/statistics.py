@@ -8,8 +8,8 @@ from collections.abc import Callable
 Z_95 = 1.959963984540054  # two-sided 95 % of the normal distribution
 
 
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share of `n` (Wilson 1927), within [0, 1]. ValueError unless n > 0."""
+def wilson(share: float, n: float) -> tuple[float, float]:
+    """The 95 % interval of a share of `n` (Wilson 1927), within [0, 1]. ValueError unless n >= 1."""
     if n < 1:
         raise ValueError(f"an interval needs at least one observation, found {n}")
     scale = 1 + Z_95**2 / n

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from prefopt.core.errors import DataError
-from prefopt.evaluate.diversity import distinct_n
+from prefopt.evaluate.diversity import distinct_n, self_bleu
 from prefopt.evaluate.intervals import Floats, Interval, bootstrap_mean, cluster_means, paired_difference, wilson
 from prefopt.rollout.prompts import prompt_text
 from prefopt.rollout.rewards import Reward
@@ -55,7 +55,7 @@ def compare(
     both = {"policy": policy, "reference": reference}
     sections["length"] = {name: _length(rows, clusters, seed) for name, rows in both.items()}
     sections["finished"] = {name: sum(row.finished for row in rows) / len(rows) for name, rows in both.items()}
-    sections["diversity"] = {name: _diversity(rows) for name, rows in both.items()}
+    sections["diversity"] = {name: _diversity(rows, clusters) for name, rows in both.items()}
     rows = [
         {
             "prompt": prompt_text(mine.prompt),
@@ -126,6 +126,11 @@ def _length(rows: Sequence[SampleRow], clusters: Sequence[int], seed: int) -> In
     return bootstrap_mean(cluster_means([float(len(row.response_ids)) for row in rows], clusters), seed=seed)
 
 
-def _diversity(rows: Sequence[SampleRow]) -> dict[str, float]:
+def _diversity(rows: Sequence[SampleRow], clusters: Sequence[int]) -> dict[str, float]:
     texts = [row.response for row in rows]
-    return {"distinct_1": distinct_n(texts, 1), "distinct_2": distinct_n(texts, 2)}
+    found = {"distinct_1": distinct_n(texts, 1), "distinct_2": distinct_n(texts, 2)}
+    of_prompt: dict[int, list[str]] = {}
+    for text, prompt in zip(texts, clusters, strict=True):
+        of_prompt.setdefault(prompt, []).append(text)
+    several = [members for members in of_prompt.values() if len(members) > 1]
+    return found | ({"self_bleu": sum(map(self_bleu, several)) / len(several)} if several else {})

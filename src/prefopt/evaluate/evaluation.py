@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import numpy as np
 
 from prefopt.core.errors import ConfigError
 from prefopt.data.encode import TokenGroup
-from prefopt.data.groups import Feedback
 from prefopt.evaluate.comparison import compare, prompt_clusters
+from prefopt.evaluate.diagnosis import diagnosis
 from prefopt.evaluate.heldout import heldout, response_sums
 from prefopt.evaluate.intervals import Floats
+from prefopt.evaluate.spread import embedding_spread, sample_groups
 from prefopt.model.engine import LanguageModel
 from prefopt.rollout.prompts import Given, Prompt
 from prefopt.rollout.rewards import Reward
@@ -51,31 +51,28 @@ def evaluate(
     batch_size: int = 32,
     micro_batch_tokens: int = 4096,
     template: str = "auto",
+    spread: bool = False,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The contents of evaluation.json and the rows of samples.jsonl (empty without prompts).
 
-    `pairs` (chosen, rejected) give the held-out section; `prompts` give length, finished, diversity and KL, and with a
+    `pairs` (chosen, rejected) give the held-out section and the diagnosis; `prompts` give length, finished, diversity and KL, and with a
     `reward` also reward and win rate (a tie: rewards within `tolerance`). Policy and reference draw from separate random
     streams of `seed`, so their samples are independent even where the models are equal. KL needs samples of the policy
-    itself: with another temperature or top_p than 1 it is left out and "notes" says so.
+    itself: with another temperature or top_p than 1 it is left out and "notes" says so. `spread` adds the embedding spread to
+    diversity, by the hidden states of the reference.
     ConfigError where there is nothing to evaluate or an argument cannot apply.
     """
-    if pairs is None and prompts is None:
-        raise ConfigError("evaluate: there are neither pairs nor prompts", todo="Give held-out pairs, prompts or both.")
-    if reward is not None and prompts is None:
-        raise ConfigError(f"evaluate: the reward {reward.name} has no prompts to be measured on", todo="Give prompts.")
+    _check_asked(pairs, prompts, reward, samples_per_prompt if spread else None)
     settings = SampleSettings(samples_per_prompt, max_new_tokens, temperature, top_p, batch_size, template)
     result: dict[str, Any] = {"checkpoint": policy.name, "settings": {"reference": reference.name, "seed": seed, "beta": beta}}
     if pairs is not None:
-        result["heldout"] = _heldout(policy, reference, pairs, beta=beta, seed=seed, micro_batch_tokens=micro_batch_tokens)
+        result |= _of_pairs(policy, reference, pairs, beta=beta, seed=seed, micro_batch_tokens=micro_batch_tokens)
     if prompts is None:
         return result, []
-    if not prompts:
-        raise ConfigError("evaluate: the list of prompts is empty", todo="Give at least one prompt, or none at all (None).")
     result["settings"] |= {name: getattr(settings, name) for name in SampleSettings.__slots__} | {"tolerance": tolerance}
     ours, theirs = (
-        _samples(model, prompts, settings, seed=stream, title=f"sampling {name}")
-        for model, name, stream in zip((policy, reference), ("policy", "reference"), _streams(seed), strict=True)
+        draw_samples(model, prompts, settings, seed=stream, title=f"sampling {name}")
+        for model, name, stream in zip((policy, reference), ("policy", "reference"), streams(seed), strict=True)
     )
     ratios: Floats | None = None
     if temperature == 1 and top_p == 1:
@@ -86,7 +83,31 @@ def evaluate(
             f"KL is left out: it needs samples at temperature 1 and top_p 1, these are at {temperature:g} and {top_p:g}."
         ]
     compared = compare(ours, theirs, reward, tolerance=tolerance, kl=None if ratios is None else ratios.tolist(), seed=seed)
+    if spread:
+        for name, rows in (("policy", ours), ("reference", theirs)):
+            compared.sections["diversity"][name]["spread"] = embedding_spread(
+                reference, rows, micro_batch_tokens=micro_batch_tokens
+            )
     return result | compared.sections, compared.rows
+
+
+def _check_asked(
+    pairs: Sequence[TokenGroup] | None,
+    prompts: Sequence[Prompt | Given] | None,
+    reward: Reward | None,
+    spread_samples: int | None,
+) -> None:
+    """`spread_samples`: samples a prompt where the embedding spread is wanted."""
+    if pairs is None and prompts is None:
+        raise ConfigError("evaluate: there are neither pairs nor prompts", todo="Give held-out pairs, prompts or both.")
+    if reward is not None and prompts is None:
+        raise ConfigError(f"evaluate: the reward {reward.name} has no prompts to be measured on", todo="Give prompts.")
+    if spread_samples is not None and (prompts is None or spread_samples < 2):
+        raise ConfigError(
+            "evaluate: the spread is that of the samples of one prompt", todo="Give prompts, and 2 samples or more (-n 2)."
+        )
+    if prompts is not None and not prompts:
+        raise ConfigError("evaluate: the list of prompts is empty", todo="Give at least one prompt, or none at all (None).")
 
 
 def log_ratios(
@@ -103,22 +124,6 @@ def log_ratios(
     )
     difference: Floats = np.array(policy_logps) - np.array(reference_logps)
     return difference
-
-
-def sample_groups(samples: Sequence[SampleRow]) -> list[TokenGroup]:
-    """Token groups with every token scored; neighbours with the same prompt are one group, so that it is computed once."""
-    return [
-        TokenGroup(
-            prompt_ids=rows[0].prompt_ids,
-            response_ids=tuple(row.response_ids for row in rows),
-            scored=tuple(np.ones(len(row.response_ids), dtype=np.bool_) for row in rows),
-            feedback=Feedback("demonstration"),
-            source="sample",
-            finished=tuple(row.finished for row in rows),
-        )
-        for _, neighbours in groupby(samples, key=lambda row: row.prompt_ids.tobytes())
-        if (rows := list(neighbours))
-    ]
 
 
 def kl_section(ratios: Sequence[float] | Floats, lengths: Sequence[int], clusters: Sequence[int]) -> dict[str, Any]:
@@ -146,7 +151,7 @@ def kl_section(ratios: Sequence[float] | Floats, lengths: Sequence[int], cluster
     }
 
 
-def _heldout(
+def _of_pairs(
     policy: LanguageModel,
     reference: LanguageModel,
     pairs: Sequence[TokenGroup],
@@ -162,15 +167,23 @@ def _heldout(
             todo="Give rows with a chosen and a rejected response.",
         )
     ours, theirs = (
-        response_sums(model.score(pairs, micro_batch_tokens=micro_batch_tokens, title=f"held-out pairs: {name}"))
+        model.score(pairs, micro_batch_tokens=micro_batch_tokens, title=f"held-out pairs: {name}")
         for model, name in ((policy, "policy"), (reference, "reference"))
     )
-    return heldout(ours, theirs, beta=beta, seed=seed)
+
+    def decode(token: int) -> str:
+        return str(policy.tokenizer.decode([token]))
+
+    return {
+        "heldout": heldout(response_sums(ours), response_sums(theirs), beta=beta, seed=seed),
+        "diagnosis": diagnosis(pairs, ours, theirs, beta=beta, decode=decode, seed=seed),
+    }
 
 
-def _samples(
+def draw_samples(
     model: LanguageModel, prompts: Sequence[Prompt | Given], settings: SampleSettings, *, seed: int, title: str
 ) -> list[SampleRow]:
+    """Samples of `model` with these settings; see `prefopt.rollout.sample.sample`."""
     return sample(
         model,
         prompts,
@@ -185,6 +198,7 @@ def _samples(
     )
 
 
-def _streams(seed: int) -> tuple[int, int]:
+def streams(seed: int) -> tuple[int, int]:
+    """Seeds of two separate random streams, for policy and opponent: equal models then draw independently."""
     first, second = np.random.SeedSequence(seed % 2**32).generate_state(2)
     return int(first), int(second)

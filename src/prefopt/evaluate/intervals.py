@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from statistics import NormalDist
 from typing import TypedDict
 
@@ -37,6 +38,20 @@ def wilson(successes: float, n: int) -> Interval:
     return {"value": successes / n, "low": low, "high": high, "n": n}
 
 
+def tied_wilson(values: Sequence[float] | Floats) -> Interval:
+    """Wilson's interval of the mean of independent values in [0, 1], narrowed where they are not all 0 or 1.
+
+    Values that vary less than wins and losses with the same mean p count for more observations: n p (1 - p) / variance, at
+    least n. With wins and losses alone it is `wilson`; where all values are equal too, for they say nothing of their spread.
+    """
+    observed = np.asarray(values, dtype=np.float64)
+    n, mean = len(observed), min(1.0, float(observed.mean()))
+    if n < 2 or np.ptp(observed) == 0:
+        return wilson(mean * n, n)
+    low, high = wilson_interval(mean, max(n, n * mean * (1 - mean) / float(observed.var(ddof=1))))
+    return {"value": mean, "low": low, "high": high, "n": n}
+
+
 def bootstrap_mean(values: Sequence[float] | Floats, *, seed: int = 0, resamples: int = 2000) -> Interval:
     """Interval of a mean by the BCa bootstrap (Efron 1987): percentiles corrected for bias and skewness.
 
@@ -52,8 +67,7 @@ def bootstrap_mean(values: Sequence[float] | Floats, *, seed: int = 0, resamples
         return {"value": mean, "low": mean, "high": mean, "n": n}
     means = _resampled_means(observed, np.random.default_rng(seed), resamples)
     acceleration = float((spread**3).sum() / (6 * (spread**2).sum() ** 1.5))  # the jackknife's, in closed form for a mean
-    below = float((means < mean).mean() + (means == mean).mean() / 2)
-    bias = _NORMAL.inv_cdf(min(max(below, 1 / resamples), 1 - 1 / resamples))
+    bias = _bias(means, mean)
     low, high = (_corrected(z, bias, acceleration) for z in (-Z_95, Z_95))
     return {"value": mean, "low": float(np.quantile(means, low)), "high": float(np.quantile(means, high)), "n": n}
 
@@ -74,6 +88,32 @@ def cluster_means(values: Sequence[float] | Floats, clusters: Sequence[int]) -> 
     return np.bincount(numbers, weights=np.asarray(values, dtype=np.float64)) / np.bincount(numbers)
 
 
+def resampled_counts(n: int, resamples: int, *, seed: int = 0, width: int = 0) -> Iterator[Floats]:
+    """How often each of `n` observations is in each resample, in blocks (B, n) of some resamples.
+
+    `width`: columns of what is made of a block, where that is more than n.
+    """
+    random = np.random.default_rng(seed)
+    rows = max(1, _BLOCK // max(n, width, 1))
+    for at in range(0, resamples, rows):
+        block = min(rows, resamples - at)
+        drawn = random.integers(0, n, size=(block, n)) + n * np.arange(block)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=block * n).reshape(block, n).astype(np.float64)
+
+
+def resampled_interval(value: float, drawn: Floats, n: int) -> Interval:
+    """The interval of `value` from its values `drawn` on resamples: percentiles corrected for bias (Efron 1981).
+
+    Without those that are not finite; NaN where none is. `n` is the number of independent observations.
+    """
+    finite = drawn[np.isfinite(drawn)]
+    if not len(finite):
+        return {"value": value, "low": math.nan, "high": math.nan, "n": n}
+    bias = _bias(finite, value)
+    low, high = (float(np.quantile(finite, _corrected(z, bias, 0.0))) for z in (-Z_95, Z_95))
+    return {"value": value, "low": min(low, value), "high": max(high, value), "n": n}
+
+
 def _resampled_means(observed: Floats, random: np.random.Generator, resamples: int) -> Floats:
     n = len(observed)
     rows = max(1, _BLOCK // n)
@@ -81,6 +121,12 @@ def _resampled_means(observed: Floats, random: np.random.Generator, resamples: i
         observed[random.integers(0, n, size=(min(rows, resamples - at), n))].mean(axis=1) for at in range(0, resamples, rows)
     ]
     return np.concatenate(blocks)
+
+
+def _bias(drawn: Floats, value: float) -> float:
+    """The normal quantile of the share of `drawn` below `value`; 0 where half of them are."""
+    below = float((drawn < value).mean() + (drawn == value).mean() / 2)
+    return _NORMAL.inv_cdf(min(max(below, 1 / len(drawn)), 1 - 1 / len(drawn)))
 
 
 def _corrected(z: float, bias: float, acceleration: float) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefopt.data.encode import TokenGroup
-from prefopt.data.groups import Feedback
+from prefopt.data.groups import Feedback, Group
 from prefopt.evaluate.intervals import Interval, wilson
 
 
@@ -21,16 +21,22 @@ def ranking_accuracy(scores: Sequence[NDArray[Any]], groups: Sequence[TokenGroup
     with its share of up to K (K - 1) / 2 pairs, because these are not independent observations. None where no feedback
     prefers any response.
     """
-    shares = []
-    for values, group in zip(scores, groups, strict=True):
-        if len(values) != len(group.response_ids):
-            raise ValueError(f"{group.source}: {len(values)} scores for {len(group.response_ids)} responses")
-        pairs = preferred_pairs(group.feedback)
-        if pairs:
-            better, worse = np.array(pairs).T
-            difference = np.asarray(values, dtype=np.float64)[better] - np.asarray(values, dtype=np.float64)[worse]
-            shares.append(float(((difference > 0) + (difference == 0) / 2).mean()))
+    found = (share_ordered(values, group) for values, group in zip(scores, groups, strict=True))
+    shares = [share for share in found if share is not None]
     return wilson(min(sum(shares), len(shares)), len(shares)) if shares else None
+
+
+def share_ordered(values: NDArray[Any], group: TokenGroup | Group) -> float | None:
+    """Share of a group's preferred pairs whose better response has the higher of `values`, ties half; None without any."""
+    responses = len(group.response_ids if isinstance(group, TokenGroup) else group.responses)
+    if len(values) != responses:
+        raise ValueError(f"{group.source}: {len(values)} scores for {responses} responses")
+    pairs = preferred_pairs(group.feedback)
+    if not pairs:
+        return None
+    better, worse = np.array(pairs).T
+    difference = np.asarray(values, dtype=np.float64)[better] - np.asarray(values, dtype=np.float64)[worse]
+    return float(((difference > 0) + (difference == 0) / 2).mean())
 
 
 def preferred_pairs(feedback: Feedback) -> list[tuple[int, int]]:

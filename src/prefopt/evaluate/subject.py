@@ -9,7 +9,7 @@ from typing import Any
 
 from prefopt.core.config import DataConfig, RunConfig
 from prefopt.core.errors import ConfigError
-from prefopt.core.resolve import resolve_config
+from prefopt.core.past_run import run_config as run_config
 from prefopt.core.run_folder import RunFolder
 from prefopt.data.budget import fit_budget, token_budget
 from prefopt.data.encode import TokenGroup, encode_groups
@@ -56,13 +56,6 @@ def subject_of(name: str, *, reference: str | None, beta: float | None, output: 
     return Subject(name, reference, beta if beta is not None else 0.1, RunFolder(output) if output else None, None)
 
 
-def run_config(name: str) -> RunConfig | None:
-    """The configuration of the run in the folder `name`; None where `name` is no run folder."""
-    folder = RunFolder(Path(name))
-    values = folder.read("config.json") if (folder.path / "events.jsonl").exists() else None
-    return None if values is None else resolve_config(values, source=str(folder.path / "config.json"))
-
-
 def evaluation_lines(result: dict[str, Any]) -> list[str]:
     """The evaluation as plain text: a line for each measure, with its 95 % interval."""
     lines = [f"{result['checkpoint']} against {result['settings']['reference']} (95 % intervals)"]
@@ -88,6 +81,9 @@ def evaluation_lines(result: dict[str, Any]) -> list[str]:
     if diversity := result.get("diversity"):
         ours, theirs = diversity["policy"], diversity["reference"]
         lines.append(f"distinct-2          {ours['distinct_2']:.3f}, reference {theirs['distinct_2']:.3f}")
+        for name, title in (("self_bleu", "self-BLEU"), ("spread", "embedding spread")):
+            if name in ours:
+                lines.append(f"{title:<19} {ours[name]:.3f}, reference {theirs[name]:.3f}")
     return lines + list(result.get("notes", []))
 
 

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
+from prefopt.core.files import whole_file
 from prefopt.report.history import History, number
 
 # Okabe and Ito's palette, told apart by all common kinds of colour vision. The page replaces each colour by a variable.
@@ -70,23 +72,37 @@ def draw(name: str, title: str, caption: str, plot: Callable[[Axes], None]) -> F
         FigureCanvasSVG(canvas)
         axes = canvas.add_subplot()
         plot(axes)
-        handles, labels = axes.get_legend_handles_labels()
-        if len(labels) > 1:
-            axes.legend(
-                handles,
-                labels,
-                loc="lower left",
-                bbox_to_anchor=(0, 1),
-                ncols=4,
-                borderaxespad=0.2,
-                handlelength=1.6,
-                columnspacing=1.4,
-            )
+        _legend(axes)
         file = io.StringIO()
         canvas.savefig(
             file, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
         )
     return Figure(name, title, caption, _inline(file.getvalue(), name, title))
+
+
+def save(path: Path, plot: Callable[[Axes], None], *, size: tuple[float, float] = (5.4, 3.2)) -> None:
+    """A figure of its own in the file `path`, whole or not at all: .svg, .png or .pdf, on white, `size` in inches."""
+    with rc_context({**_STYLE, "svg.hashsalt": path.name}), whole_file(path) as partial:
+        canvas = Canvas(figsize=size, layout="constrained", facecolor="white")
+        plot(axes := canvas.add_subplot())
+        _legend(axes)
+        dated = {"Date": None} if path.suffix == ".svg" else {}
+        canvas.savefig(partial, format=path.suffix[1:], dpi=200, metadata=dated)
+
+
+def _legend(axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > 1:
+        axes.legend(
+            handles,
+            labels,
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=4,
+            borderaxespad=0.2,
+            handlelength=1.6,
+            columnspacing=1.4,
+        )
 
 
 def _inline(svg: str, name: str, title: str) -> str:

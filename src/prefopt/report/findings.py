@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefopt.core.events import Event
-from prefopt.report import data_rules, evaluation_rules, round_rules, training_rules
+from prefopt.report import data_rules, diagnosis_rules, evaluation_rules, round_rules, training_rules
 from prefopt.report.history import History
 from prefopt.report.known import Finding, Known, Rule
 
@@ -27,6 +27,11 @@ RULES: tuple[Rule, ...] = (
     evaluation_rules.longer,
     evaluation_rules.less_diverse,
     evaluation_rules.unfinished,
+    diagnosis_rules.length_explains,
+    diagnosis_rules.likelihood_displaced,
+    diagnosis_rules.labels_denied,
+    diagnosis_rules.satisfied_before,
+    diagnosis_rules.price_of_reward,
     data_rules.leakage,
     data_rules.length_bias,
     data_rules.contradictions,

@@ -1,0 +1,1 @@
+"""Judges: what compares two responses to a prompt, or marks one."""
