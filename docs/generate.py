@@ -13,6 +13,7 @@ from typing import Any
 import typer
 
 from prefopt.cli.app import app
+from prefopt.cli.groups import DEFAULT
 from prefopt.core.losses.describe import (
     SHAPES,
     accepts_text,
@@ -237,7 +238,7 @@ def cli_page() -> str:
     lines += ["`NO_COLOR` is honoured; where standard error is no terminal, progress is plain lines.", ""]
     command: Any = typer.main.get_command(app)
     lines += ["Options before the verb:", ""] + _options(command)
-    for name, verb in command.commands.items():
+    for name, verb in _verbs(command.commands):
         usage = " ".join(word for word in verb.collect_usage_pieces(verb.make_context(name, [], resilient_parsing=True)))
         lines += ["", f"## {name}", "", inspect.cleandoc(verb.help or ""), "", f"    prefopt {name} {usage}", ""] + _options(
             verb
@@ -253,6 +254,16 @@ def cli_page() -> str:
     lines += ["", "## Rewards", "", "Names for `--reward`:", "", "| name | meaning |", "| --- | --- |"]
     lines += [f"| `{name}` | {about.replace('|', chr(92) + '|')} |" for name, about in reward_table()]
     return "\n".join(lines) + "\n"
+
+
+def _verbs(commands: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Every verb with its words; of a verb with measures below it the one that runs by itself, then each of them."""
+    found = []
+    for name, verb in commands.items():
+        below = getattr(verb, "commands", {})
+        found += [(name, below.get(DEFAULT, verb))]
+        found += [(f"{name} {word}", measure) for word, measure in below.items() if word != DEFAULT]
+    return found
 
 
 def _options(command: Any) -> list[str]:

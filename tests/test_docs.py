@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from prefopt.core.resolve import read_recipe, resolve_config
+from prefopt.core.stages import expand_stages, is_staged
 
 ROOT = Path(__file__).resolve().parents[1]
 _spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
@@ -29,8 +30,14 @@ def test_links_to_files_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("recipe", sorted([*(ROOT / "recipes").glob("*.yaml"), *(ROOT / "examples").glob("*/*.yaml")]), ids=str)
 def test_recipe_resolves(recipe: Path) -> None:
-    config = resolve_config(read_recipe(recipe), ["data.train=rows.jsonl"], source=str(recipe))
-    assert resolve_config(config.resolved()).resolved() == config.resolved()
+    values = read_recipe(recipe)
+    words = [] if "rollout" in values else ["data.train=rows.jsonl"]
+    if is_staged(values):
+        configs = [stage.config for stage in expand_stages(values, words, source=str(recipe))]
+    else:
+        configs = [resolve_config(values, words, source=str(recipe))]
+    for config in configs:
+        assert resolve_config(config.resolved()).resolved() == config.resolved()
 
 
 def test_exit_codes_of_the_docs_are_those_of_the_errors() -> None:

@@ -18,7 +18,21 @@ from prefopt.core.run_folder import open_run
 from prefopt.model import selfcheck as proofs
 from train.tiny_runs import preference_rows, write_model, write_rows
 
-VERBS = ("check", "train", "sample", "label", "evaluate", "score", "report", "selfcheck", "losses", "runs", "plan")
+VERBS = (
+    "check",
+    "train",
+    "sample",
+    "label",
+    "revise",
+    "evaluate",
+    "score",
+    "report",
+    "selfcheck",
+    "losses",
+    "runs",
+    "plan",
+    "frontier",
+)
 
 
 @pytest.fixture(scope="session")

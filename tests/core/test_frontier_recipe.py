@@ -110,6 +110,12 @@ def test_stages_come_first_and_methods_name_their_runs() -> None:
     assert found.best_of_n.reward == "model:out/stages/rm"
 
 
+def test_a_method_does_not_start_from_a_reward_model() -> None:
+    given = recipe({"dpo": {"model": {"name": "{rm}"}}})
+    given["stages"] = [{"name": "rm", "loss": {"name": "reward"}}]
+    assert 'method "dpo": model.name is the run of stage "rm", which trains a reward model' in refusal(given)
+
+
 WRONG: list[tuple[dict[str, Any], list[str], dict[str, Any], list[str]]] = [
     (recipe({"dpoo": {}}), [], {}, ['"dpoo" is neither a loss', 'did you mean "dpo"', "mine.yaml"]),
     (recipe({}), [], {}, ["there are no methods", "--methods"]),

@@ -29,6 +29,8 @@ from prefopt.model.selfcheck import selfcheck
 from prefopt.pipeline import Prepared, start_training
 from prefopt.train.loop import Training
 
+pytestmark = pytest.mark.slow
+
 DEVICE, CPU = pick_device(), torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
 MODELS = ["llama", "qwen3", "gemma2", "gemma3", "gpt-oss", "gpt2"]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 _BLOCKS = """
 import prefopt.model, torch
 print([torch.empty(12_345_678 + size).data_ptr() % 4096 for size in range(0, 100_000, 10_001)])

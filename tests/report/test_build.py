@@ -21,6 +21,8 @@ from prefopt.report.history import History, num
 from prefopt.report.listing import run_rows
 from report.synthetic_run import STARTED, synthetic_config, synthetic_events, write_run
 
+pytestmark = pytest.mark.slow
+
 MakeRun = Callable[[list[dict[str, Any]]], RunFolder]
 VOID = {"meta", "br", "hr", "img", "link", "input", "path", "use"}
 
@@ -247,7 +249,6 @@ def test_long_samples_are_cut_and_say_so(full_run: RunFolder) -> None:
     assert len(page(full_run)) < 3_000_000
 
 
-@pytest.mark.slow
 def test_a_long_run_stays_small(events_run: MakeRun) -> None:
     steps = [event for event in synthetic_events() if event["kind"] == "step"]
     run = events_run([{**event, "step": event["step"] + 400 * lap} for lap in range(20) for event in steps])

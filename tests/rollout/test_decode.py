@@ -21,6 +21,8 @@ from prefopt.rollout.decode import Wanted, decode, follows
 from prefopt.rollout.draw import next_tokens, uniforms_of
 from prefopt.rollout.generate import generate
 
+pytestmark = pytest.mark.slow
+
 END, LIMIT = 2, 14
 LENGTHS = (11, 1, 17, 5, 2)
 GREEDY = partial(next_tokens, temperature=0.0)

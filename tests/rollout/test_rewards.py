@@ -99,6 +99,7 @@ def test_a_function_of_the_current_folder_is_found_by_name(tmp_path: Path, monke
         ("min_words:few", "needs a whole number"),
         ("contains:", "needs a text"),
         ("model:", "needs a trained reward model"),
+        ("implicit:", "needs a run folder"),
         ("no_comma:1", "takes no argument"),
         ("regex:(", "regular expression"),
         ("no_such_module_here:f", 'no module "no_such_module_here"'),
@@ -112,5 +113,5 @@ def test_an_unusable_name_says_the_way_out(name: str, said: str) -> None:
 
 def test_the_table_lists_only_rewards_that_load() -> None:
     for name, _ in reward_table():
-        if name not in ("vader", "model:PATH", "module:function"):
+        if name not in ("vader", "model:PATH", "implicit:RUN", "module:function"):
             assert load_reward(name.replace(":N", ":1").replace(":TEXT", ":x")).function

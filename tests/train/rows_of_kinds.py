@@ -71,7 +71,9 @@ def rows_for(section: Row, kind: str, count: int = 12) -> list[Row]:
 
 
 # Every loss on every kind of rows that it learns from.
-SINGLE: list[tuple[Row, str]] = [({"name": name}, kind) for name, facts in LOSSES.items() for kind in facts.accepts]
+SINGLE: list[tuple[Row, str]] = [
+    ({"name": name}, kind) for name, facts in LOSSES.items() if not facts.needs_samples for kind in facts.accepts
+]
 
 # Ways of reading and mixing them.
 VARIANTS: list[tuple[Row, str]] = [

@@ -24,6 +24,8 @@ from prefopt.train.rounding import Noise, pieces, rounded
 from train.test_resume import assert_same_run, config_of
 from train.tiny_runs import stop_after, tiny_config, tiny_training, weights_of
 
+pytestmark = pytest.mark.slow
+
 needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 ALL_BITS = torch.arange(-(1 << 15), 1 << 15).to(torch.int16)
 

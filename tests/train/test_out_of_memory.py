@@ -19,6 +19,8 @@ from prefopt.train.loop import Training
 from prefopt.train.memory import is_out_of_memory, smaller_budget
 from train.tiny_runs import preference_rows, tiny_config, tiny_tokenizer, tiny_training, weights_of, write_rows
 
+pytestmark = pytest.mark.slow
+
 CPU_ERROR = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
 
 

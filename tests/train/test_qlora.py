@@ -32,7 +32,10 @@ from prefopt.train.plan import fullest_micro_batches, plan_memory
 from train.test_plan import groups_of, machine
 from train.tiny_runs import stop_after, tiny_config, tiny_tokenizer, tiny_training, weights_of, write_model
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes"),
+]
 KINDS = ("nf4", "int8")
 LN_2 = 0.6931471805599453
 STEPS = 3

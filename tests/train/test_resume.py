@@ -28,6 +28,8 @@ from prefopt.train import checkpoint, observers
 from prefopt.train.loop import Training
 from train.tiny_runs import preference_rows, stop_after, tiny_config, write_rows
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 MEASURED = ("loss", "rewards/margins", "logps/chosen", "grad_norm", "lr", "num_tokens", "epoch")
 
@@ -111,7 +113,6 @@ def wait_for_step(path: Path, step: int, process: subprocess.Popen[str]) -> None
     raise AssertionError(f"step {step} was not seen: {process.communicate()}")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kill", ["anywhere", "writing", "removing"])
 def test_a_killed_run_goes_on_bit_by_bit(tmp_path: Path, unbroken: RunFolder, kill: str) -> None:
     config = config_of(tmp_path, "killed")
@@ -135,7 +136,6 @@ def test_a_killed_run_goes_on_bit_by_bit(tmp_path: Path, unbroken: RunFolder, ki
     assert [path.name for path in run.checkpoints.iterdir()] == [f"step-{STEPS:06d}"]
 
 
-@pytest.mark.slow
 def test_ctrl_c_on_the_command_saves_and_says_how_to_go_on(tmp_path: Path, unbroken: RunFolder) -> None:
     config = config_of(tmp_path, "stopped", save_every_steps=None)
     process = start_command("train", recipe_of(config, tmp_path / "recipe.yaml"))

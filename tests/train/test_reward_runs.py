@@ -23,6 +23,8 @@ from train.rows_of_kinds import Row, pairs, scores
 from train.tiny_objectives import Models, step_of
 from train.tiny_runs import preference_rows, stop_after, tiny_config, write_rows
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:

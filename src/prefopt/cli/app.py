@@ -11,7 +11,8 @@ from typing import Annotated
 
 import typer
 
-from prefopt.cli import data, evaluation, show, training
+from prefopt.cli import data, evaluation, feedback, frontier, measures, scores, show, training
+from prefopt.cli.groups import DEFAULT, WithDefault
 from prefopt.core.errors import PrefoptError
 from prefopt.core.progress import set_quiet
 
@@ -50,8 +51,19 @@ app.command("check")(data.check)
 app.command("plan")(training.plan)
 app.command("train")(training.train)
 app.command("sample")(data.sample)
-app.command("label")(data.label)
-app.command("evaluate")(evaluation.evaluate)
+app.command("label")(feedback.label)
+app.command("revise")(feedback.revise)
+measuring = typer.Typer(
+    cls=WithDefault, help="Measure a policy against its reference, or one thing at a time: win-rate, agreement, accuracy ..."
+)
+measuring.command(DEFAULT)(evaluation.evaluate)
+measuring.command("win-rate")(measures.win_rate)
+measuring.command("agreement")(measures.agreement)
+measuring.command("accuracy")(scores.accuracy)
+measuring.command("calibration")(scores.calibration)
+measuring.command("temperatures")(measures.temperatures)
+app.add_typer(measuring, name="evaluate")
+app.command("frontier")(frontier.frontier)
 app.command("score")(evaluation.score)
 app.command("report")(show.report)
 app.command("selfcheck")(evaluation.selfcheck)

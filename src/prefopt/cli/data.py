@@ -1,12 +1,15 @@
-"""Verbs around rows: check, sample, label."""
+"""Verbs around rows: check, sample."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from prefopt.rollout.rewards import Reward
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Folder, Hub id, .gguf file, or smollm2-135m-instruct.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
@@ -51,6 +54,15 @@ def sample(
     model: ModelOption,
     output: Annotated[Path, typer.Option("--output", "-o", help="JSONL: prompt, responses, finished, response_tokens.")],
     n: Annotated[int, typer.Option("-n", help="Responses to each prompt.")] = 1,
+    best_of: Annotated[
+        int | None, typer.Option(help="Sample this many responses to each prompt, and keep the one with the highest --reward.")
+    ] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(
+            "--reward", "-r", help="With --best-of: vader, a check such as min_words:20, model:PATH, module:function."
+        ),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Nucleus: the smallest set of tokens with this probability.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest response.")] = 128,
@@ -64,73 +76,56 @@ def sample(
     ] = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Sample responses of a model to prompts."""
+    """Sample responses of a model to prompts; with --best-of, keep the best of several by a reward."""
     from prefopt.core.files import check_writable
     from prefopt.core.progress import say, set_quiet
     from prefopt.model.load import load_model
+    from prefopt.rollout.best_of_n import best_lines, kl_bound
     from prefopt.rollout.prompts import read_prompts
     from prefopt.rollout.sample import sample as draw
-    from prefopt.rollout.sample import samples_of, write_samples
+    from prefopt.rollout.sample import samples_of, write_lines
     from prefopt.rollout.with_vllm import chosen_engine, sample_with_vllm
 
     if as_json:
         set_quiet(True)
+    judge = _judge_of(best_of, reward, n)
     asked = read_prompts(prompts)
     check_writable(output.parent)
-    settings: dict[str, Any] = {"n": n, "temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+    settings: dict[str, Any] = {"n": best_of or n, "temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
     settings |= {"seed": seed, "template": template} | ({} if batch_size is None else {"batch_size": batch_size})
     if chosen_engine(engine, model) == "vllm":
         rows = sample_with_vllm(model, asked, **settings)
     else:
         rows = draw(load_model(model), asked, **settings)
-    write_samples(output, rows)
-    finished = sum(row.finished for row in rows)
+    lines = samples_of(rows) if judge is None else best_lines(rows, judge, best_of or n)
+    write_lines(output, lines)
+    finished = sum(sum(line["finished"]) for line in lines)
+    kept = sum(len(line["responses"]) for line in lines)
+    of = f" kept of {len(rows)}" if judge is not None else ""
     say(
-        f"{output}: {len(rows)} responses to {len(asked)} prompts; {finished} ended by themselves within {max_new_tokens} tokens"
+        f"{output}: {kept} responses{of} to {len(asked)} prompts; {finished} ended by themselves within {max_new_tokens} tokens"
     )
+    if best_of is not None:
+        say(f"best of {best_of}: at most {kl_bound(best_of):.3f} nats from the model, log n - (n - 1) / n (arXiv 2401.01879)")
     if as_json:
-        typer.echo(json.dumps(samples_of(rows), ensure_ascii=False))
+        typer.echo(json.dumps(lines, ensure_ascii=False))
 
 
-def label(
-    samples: Annotated[Path, typer.Argument(help="What `prefopt sample` wrote.")],
-    reward: Annotated[
-        str, typer.Option("--reward", "-r", help="vader, length, a check such as min_words:20, or module:function.")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="JSONL of preference rows.")],
-    how: Annotated[
-        str,
-        typer.Option(
-            help="best-worst, all-pairs, bradley-terry (labels drawn from sigmoid of the difference), or scores (K responses a row)."
-        ),
-    ] = "best-worst",
-    scale: Annotated[float, typer.Option(help="bradley-terry: factor of the difference.")] = 1.0,
-    min_margin: Annotated[float, typer.Option(help="Skip pairs whose scores are closer than this.")] = 0.0,
-    seed: int = 0,
-    as_json: JsonOption = False,
-) -> None:
-    """Turn sampled responses and a reward into preference rows."""
-    from prefopt.core.errors import DataError
-    from prefopt.core.files import whole_file
-    from prefopt.core.progress import say, set_quiet
-    from prefopt.rollout.label import label as make_pairs
-    from prefopt.rollout.label import score_samples
+def _judge_of(best_of: int | None, reward: str | None, n: int) -> Reward | None:
+    """The reward that chooses; None without --best-of. ConfigError where one of the two is missing, or -n is given too."""
+    from prefopt.core.errors import ConfigError
+    from prefopt.rollout.best_of_n import check_n
     from prefopt.rollout.rewards import load_reward
-    from prefopt.rollout.sample import read_samples
 
-    if as_json:
-        set_quiet(True)
-    rows = read_samples(samples)
-    result = make_pairs(rows, score_samples(rows, load_reward(reward)), how=how, scale=scale, seed=seed, min_margin=min_margin)  # type: ignore[arg-type]
-    if not result.rows:
-        raise DataError(
-            f"{samples}: no pair could be made ({result.skipped})",
-            todo="Sample more responses a prompt, or lower --min-margin.",
+    if best_of is None:
+        if reward is not None:
+            raise ConfigError("sample: --reward is given without --best-of", todo="Add --best-of 8, or leave --reward out.")
+        return None
+    check_n(best_of)
+    if reward is None:
+        raise ConfigError(
+            f"sample: --best-of {best_of} has no reward to choose by", todo="For example --reward model:runs/reward."
         )
-    with whole_file(output) as partial, open(partial, "w", encoding="utf-8") as file:
-        for row in result.rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    skipped = ", ".join(f"{count} {reason}" for reason, count in result.skipped.items()) or "nothing"
-    say(f"{output}: {len(result.rows)} preference rows from {len(rows)} prompts; skipped: {skipped}")
-    if as_json:
-        typer.echo(json.dumps({"rows": len(result.rows), "skipped": result.skipped, "flipped": result.flipped}))
+    if n != 1:
+        raise ConfigError(f"sample: both -n {n} and --best-of {best_of} are given", todo="--best-of says how many are sampled.")
+    return load_reward(reward)

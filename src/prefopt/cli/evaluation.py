@@ -26,6 +26,9 @@ def evaluate(
     beta: Annotated[float | None, typer.Option(help="Beta of the implicit reward; for a run, its own.")] = None,
     batch_size: int = 32,
     seed: int = 0,
+    spread: Annotated[
+        bool, typer.Option("--spread", help="Also how far samples of a prompt lie apart for the reference (needs -n 2).")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for the results; by default the run folder.")
     ] = None,
@@ -34,6 +37,7 @@ def evaluate(
     """Measure a policy against its reference: accuracy, reward, win rate, KL, length, diversity, with intervals."""
     from prefopt.core.progress import set_quiet
     from prefopt.evaluate.evaluation import evaluate as measure
+    from prefopt.evaluate.results import kept_results
     from prefopt.evaluate.subject import evaluation_lines, subject_of
     from prefopt.model.load import load_model
     from prefopt.rollout.prompts import read_prompts
@@ -44,6 +48,7 @@ def evaluate(
     subject = subject_of(policy, reference=reference, beta=beta, output=output)
     asked = read_prompts(prompts) if prompts else None
     judge = load_reward(reward) if reward else None
+    kept = kept_results(subject.folder) if subject.folder is not None else {}
     model = load_model(subject.policy)
     result, samples = measure(
         model,
@@ -58,9 +63,10 @@ def evaluate(
         beta=subject.beta,
         batch_size=batch_size,
         seed=seed,
+        spread=spread,
     )
     if subject.folder is not None:
-        subject.folder.write("evaluation.json", result)
+        subject.folder.write("evaluation.json", result | kept)
         if samples:
             subject.folder.write_samples(samples)
     typer.echo(json.dumps(result, indent=2, ensure_ascii=False) if as_json else "\n".join(evaluation_lines(result)))

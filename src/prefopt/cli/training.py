@@ -12,6 +12,8 @@ from prefopt.cli.data import JsonOption
 
 if TYPE_CHECKING:
     from prefopt.core.config import RunConfig
+    from prefopt.core.run_folder import RunFolder
+    from prefopt.core.stages import Stage
     from prefopt.planning import RunPlan
 
 
@@ -27,7 +29,7 @@ def train(
     options: Annotated[bool, typer.Option("--options", help="List every option with its default, and stop.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train on preference rows."""
+    """Train on preference rows, or on the policy's own samples; a recipe with stages trains them one after another."""
     from prefopt.core.progress import say, set_quiet
     from prefopt.core.resolve import option_table
 
@@ -40,34 +42,45 @@ def train(
         )
         return
     config = _config_of(recipe, overrides, verb="train")
+    if isinstance(config, tuple):
+        from prefopt.cli.stages import dry_run_stages, train_all
+
+        if dry_run:
+            dry_run_stages(config, as_json=as_json)
+        else:
+            train_all(config, resume=resume, as_json=as_json)
+        return
     if dry_run:
         _dry_run(config, as_json=as_json)
         return
     from prefopt.pipeline import train_run
 
     run = train_run(config, resume=resume)
-    last = [event for event in run.events() if event["kind"] == "step"][-1]
+    found = run_summary(run)
     if as_json:
-        typer.echo(
-            json.dumps(
-                {
-                    "run": str(run.path),
-                    "steps": last["step"],
-                    "loss": last["loss"],
-                    "checkpoint": str(run.complete_checkpoints()[-1]),
-                }
-            )
-        )
+        typer.echo(json.dumps(found))
     measure = f"prefopt evaluate {run.path}"
     if config.loss.facts[0].trains_reward_model:
         measure = f"prefopt score --reward-model {run.path} ROWS -o scores.jsonl"
-    say(f"{run.path}: {last['step']} steps, last loss {last['loss']:.4f}. Next: {measure} and prefopt report {run.path}")
+    say(f"{run.path}: {found['steps']} steps, last loss {found['loss']:.4f}. Next: {measure} and prefopt report {run.path}")
 
 
-def _config_of(recipe: Path | None, overrides: list[str] | None, *, verb: str) -> RunConfig:
-    """The configuration of a recipe and key=value words; without a recipe the first word stands in its place."""
+def run_summary(run: RunFolder) -> dict[str, Any]:
+    """The run folder, its steps, its last loss and its newest checkpoint."""
+    last = [event for event in run.events() if event["kind"] == "step"][-1]
+    return {
+        "run": str(run.path),
+        "steps": last["step"],
+        "loss": last["loss"],
+        "checkpoint": str(run.complete_checkpoints()[-1]),
+    }
+
+
+def _config_of(recipe: Path | None, overrides: list[str] | None, *, verb: str) -> RunConfig | tuple[Stage, ...]:
+    """The configuration of a recipe and key=value words, or its stages; without a recipe the first word stands in its place."""
     from prefopt.core.errors import ConfigError
     from prefopt.core.resolve import read_recipe, resolve_config
+    from prefopt.core.stages import expand_stages, is_staged
 
     words = list(overrides or [])
     if recipe is not None and "=" in str(recipe):
@@ -78,7 +91,9 @@ def _config_of(recipe: Path | None, overrides: list[str] | None, *, verb: str) -
             f"{verb}: there is no recipe",
             todo=f"For example: prefopt {verb} recipes/dpo-hh.yaml, or prefopt {verb} data.train=rows.jsonl",
         )
-    return resolve_config(read_recipe(recipe) if recipe else {}, words, source=str(recipe or ""))
+    values = read_recipe(recipe) if recipe else {}
+    resolved = expand_stages if is_staged(values) else resolve_config
+    return resolved(values, words, source=str(recipe or ""))
 
 
 def plan(
@@ -96,16 +111,21 @@ def plan(
     if as_json:
         set_quiet(True)
     config = _config_of(recipe, overrides, verb="plan")
-    made, summary = _planned(config, memory)
+    if isinstance(config, tuple):
+        from prefopt.cli.stages import plan_stages
+
+        plan_stages(config, memory, as_json=as_json)
+        return
+    made, summary = planned(config, memory)
     if as_json:
         typer.echo(json.dumps(summary, indent=2, ensure_ascii=False))
     else:
-        typer.echo("\n".join(_plan_lines(made, summary)))
+        typer.echo("\n".join(plan_lines(made, summary)))
     if not made.fits:
         raise typer.Exit(1)
 
 
-def _planned(config: RunConfig, memory_gib: float | None = None) -> tuple[RunPlan, dict[str, Any]]:
+def planned(config: RunConfig, memory_gib: float | None = None) -> tuple[RunPlan, dict[str, Any]]:
     """The plan of a run, and the same as plain values."""
     from prefopt.model.precision import matmul_flops
     from prefopt.planning import plan_run
@@ -132,13 +152,16 @@ def _planned(config: RunConfig, memory_gib: float | None = None) -> tuple[RunPla
         "matmul_flops_per_second": speed,
         "seconds": made.flops / (_USUAL_SHARE * speed),
     }
+    if config.rollout is not None:
+        names = ("rounds", "prompts_per_round", "samples_per_prompt", "max_new_tokens")
+        summary["rollout"] = {name: getattr(config.rollout, name) for name in names}
     return made, summary
 
 
 _USUAL_SHARE = 0.6  # of the speed of a large matrix product, that a training step reaches (benchmarks/RESULTS.md)
 
 
-def _plan_lines(made: RunPlan, summary: dict[str, Any]) -> list[str]:
+def plan_lines(made: RunPlan, summary: dict[str, Any]) -> list[str]:
     found, gib = made.memory, 2**30
     trains = f", {found.trained / 1e6:.1f} M train" if found.trained != found.weights else ""
     lines = [
@@ -148,6 +171,11 @@ def _plan_lines(made: RunPlan, summary: dict[str, Any]) -> list[str]:
         f" {made.machine.device.type}; micro-batches of at most {found.micro_batch_tokens} tokens, the largest {found.largest}",
         "",
     ]
+    if drawn := summary.get("rollout"):
+        lines[0] = (
+            f"{drawn['rounds']} rounds of {drawn['prompts_per_round']} prompts with {drawn['samples_per_prompt']} samples of at most"
+            f" {drawn['max_new_tokens']} tokens, {made.steps} steps; memory is planned for the longest"
+        )
     lines += [f"  {size / gib:6.2f} GiB  {part}" for part, size in summary["memory_bytes"].items()]
     lines.append(
         f"  {found.peak / gib:6.2f} GiB  peak, of {made.machine.total / gib:.2f} that this program may hold: {_FITS[made.fits]}"
@@ -162,6 +190,8 @@ def _plan_lines(made: RunPlan, summary: dict[str, Any]) -> list[str]:
     minutes = summary["seconds"] / 60
     lines += ["", f"roughly {minutes:.0f} min of training" if minutes >= 1 else "less than a minute of training"]
     lines[-1] += f" ({made.flops / 1e12:.3g} TFLOP at {_USUAL_SHARE:.0%} of the measured matrix product speed)"
+    if summary.get("rollout"):
+        lines[-1] += "; sampling comes on top"
     return lines
 
 
@@ -169,15 +199,23 @@ _FITS = {True: "fits", False: "does not fit"}
 
 
 def _dry_run(config: RunConfig, *, as_json: bool) -> None:
+    made, summary = planned(config)
+    if as_json:
+        typer.echo(json.dumps(dry_run_json(config, made, summary), indent=2, ensure_ascii=False))
+        return
+    typer.echo("\n".join(dry_run_lines(config, made, summary)))
+
+
+def dry_run_json(config: RunConfig, made: RunPlan, summary: dict[str, Any]) -> dict[str, Any]:
+    """Configuration, audit and plan as plain values."""
+    return {"config": config.resolved(), "audit": made.rows.audit, **summary}
+
+
+def dry_run_lines(config: RunConfig, made: RunPlan, summary: dict[str, Any]) -> list[str]:
+    """Configuration as YAML, audit (of rows) and plan as text."""
     import yaml
 
     from prefopt.data.audit import audit_lines
 
-    made, summary = _planned(config)
-    if as_json:
-        found = {"config": config.resolved(), "audit": made.rows.audit, **summary}
-        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
-        return
-    typer.echo(yaml.safe_dump(config.resolved(), sort_keys=False).rstrip())
-    typer.echo("\n" + "\n".join(audit_lines(made.rows.audit)) + "\n")
-    typer.echo("\n".join(_plan_lines(made, summary)))
+    audit = ["", *audit_lines(made.rows.audit)] if made.rows.audit else []
+    return [yaml.safe_dump(config.resolved(), sort_keys=False).rstrip(), *audit, "", *plan_lines(made, summary)]

@@ -99,6 +99,15 @@ def _answers(at: int, row: Mapping[str, Any], scores: Sequence[float], skipped: 
         raise DataError(
             f"row {at}: {len(responses)} responses and {len(scores)} scores", todo="Give one score for each response."
         )
+    return [Answer(text, float(scores[place]), done) for text, done, place in usable_responses(at, row, skipped)]
+
+
+def usable_responses(at: int, row: Mapping[str, Any], skipped: Counter[str]) -> list[tuple[str, bool, int]]:
+    """(text, finished, place) of the responses of row number `at` that have text; none where there are fewer than two.
+
+    What is left out is counted in `skipped`. DataError where `finished` does not fit the responses.
+    """
+    responses = row["responses"]
     finished = row.get("finished")
     if finished is None:
         finished = [True] * len(responses)
@@ -106,14 +115,13 @@ def _answers(at: int, row: Mapping[str, Any], scores: Sequence[float], skipped: 
         raise DataError(
             f"row {at}: {len(responses)} responses, and finished is {finished!r}", todo="Give true or false for each response."
         )
-    found = (Answer(text, float(score), done) for text, score, done in zip(responses, scores, finished, strict=True))
-    answers = [answer for answer in found if answer.text.strip()]
-    if len(answers) < len(responses):
-        skipped["empty response"] += len(responses) - len(answers)
-    if len(answers) < 2:
+    found = [(text, done, place) for place, (text, done) in enumerate(zip(responses, finished, strict=True)) if text.strip()]
+    if len(found) < len(responses):
+        skipped["empty response"] += len(responses) - len(found)
+    if len(found) < 2:
         skipped["fewer than two responses"] += 1
         return []
-    return answers
+    return found
 
 
 def _pairs(answers: list[Answer], how: How) -> Iterator[tuple[Answer, Answer]]:
@@ -138,8 +146,8 @@ def _refused(better: Answer, worse: Answer, min_margin: float) -> str:
 def _preference(prompt: Any, chosen: Answer, rejected: Answer) -> dict[str, Any]:
     row = {
         "prompt": prompt,
-        "chosen": _as_prompt_is(prompt, chosen.text),
-        "rejected": _as_prompt_is(prompt, rejected.text),
+        "chosen": as_prompt_is(prompt, chosen.text),
+        "rejected": as_prompt_is(prompt, rejected.text),
         "margin": chosen.score - rejected.score,
         "chosen_score": chosen.score,
         "rejected_score": rejected.score,
@@ -161,13 +169,14 @@ def _group_of_k(prompt: Any, answers: list[Answer], skipped: Counter[str]) -> li
         return []
     row = {
         "prompt": prompt,
-        "responses": [_as_prompt_is(prompt, answer.text) for answer in different],
+        "responses": [as_prompt_is(prompt, answer.text) for answer in different],
         "scores": [answer.score for answer in different],
     }
     return [row if all(answer.finished for answer in different) else row | {"finished": [a.finished for a in different]}]
 
 
-def _as_prompt_is(prompt: Any, text: str) -> str | list[dict[str, str]]:
+def as_prompt_is(prompt: Any, text: str) -> str | list[dict[str, str]]:
+    """A response written as its prompt is: a text, or a message list."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 

@@ -59,8 +59,8 @@ class Reward:
 
 def load_reward(name: str) -> Reward:
     """The reward `name`: a built-in one (`reward_table()`), a check with its argument as in `min_words:20`, a trained
-    reward model as `model:PATH`, or `module:function` of your own, imported from the current folder or the installed
-    packages.
+    reward model as `model:PATH`, a run's implicit reward as `implicit:RUN`, or `module:function` of your own, imported
+    from the current folder or the installed packages.
 
     A function takes (prompts, responses) and gives as many numbers; a prompt is a string or a message list.
     ConfigError for an unknown name, a missing or wrong argument, or a function that cannot be imported.
@@ -84,6 +84,10 @@ def load_reward(name: str) -> Reward:
         if not argument:
             raise ConfigError(f'reward: "{name}" needs a trained reward model', todo="For example model:runs/reward.")
         return Reward(name, _trained(argument))
+    if head == "implicit":
+        if not argument:
+            raise ConfigError(f'reward: "{name}" needs a run folder', todo="For example implicit:runs/dpo.")
+        return Reward(name, _implicit(argument))
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
         return Reward(name, _imported(name, head, argument))
     raise ConfigError(f'reward: "{name}" is not a reward', todo=_known(head))
@@ -98,13 +102,17 @@ def reward_table() -> list[tuple[str, str]]:
         *((f"{name}:N", "1 where the response passes, else 0") for name in _CHECKS_OF_NUMBER),
         *((f"{name}:TEXT", "1 where the response passes, else 0") for name in _CHECKS_OF_TEXT),
         ("model:PATH", "score of a trained reward model: the run of one, or its folder"),
+        (
+            "implicit:RUN",
+            "beta * log(policy / reference) of a run: only differences between responses to a prompt mean something",
+        ),
         ("module:function", "a function of your own: (prompts, responses) -> scores"),
     ]
 
 
 def _known(head: str) -> str:
     names = [*_SCORES, *_CHECKS, *_CHECKS_OF_NUMBER, *_CHECKS_OF_TEXT]
-    return f"{nearest(head, names)}Built in: {', '.join(names)}; or model:PATH, or module:function of your own."
+    return f"{nearest(head, names)}Built in: {', '.join(names)}; or model:PATH, implicit:RUN, or module:function of your own."
 
 
 def _imported(name: str, module: str, function: str) -> RewardFunction:
@@ -127,6 +135,12 @@ def _trained(path: str) -> RewardFunction:
     from prefopt.rollout.trained import trained_reward  # with torch, which other rewards do without
 
     return trained_reward(path)
+
+
+def _implicit(run: str) -> RewardFunction:
+    from prefopt.rollout.judges.implicit import implicit_reward_of  # with torch
+
+    return implicit_reward_of(run)
 
 
 def _vader() -> RewardFunction:

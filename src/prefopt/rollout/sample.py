@@ -104,8 +104,13 @@ def samples_of(rows: Sequence[SampleRow]) -> list[dict[str, Any]]:
 
 def write_samples(path: Path, rows: Sequence[SampleRow]) -> None:
     """Write a JSON line per prompt to `path`, whole or not at all: prompt, responses, finished, response_tokens."""
+    write_lines(path, samples_of(rows))
+
+
+def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Write `lines` as JSON lines to `path`, whole or not at all."""
     with whole_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
-        for line in samples_of(rows):
+        for line in lines:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
