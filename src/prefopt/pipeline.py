@@ -158,7 +158,9 @@ def start_training(
         "reference_is_initial": own_reference and kind != "none",
     }
     training = (
-        rows.training(run_config=config, **parts) if isinstance(rows, PreparedPrompts) else Training(groups=rows.train.groups, **parts)
+        rows.training(run_config=config, **parts)
+        if isinstance(rows, PreparedPrompts)
+        else Training(groups=rows.train.groups, **parts)
     )
     confirm(policy, [min(rows.train.groups[:16], key=lambda group: group.unique_tokens)])  # in the dtype that trains
 

@@ -20,7 +20,9 @@ from prefopt.core.config import RunConfig
 from prefopt.core.errors import ConfigError, DataError
 from prefopt.core.frontier_recipe import expand_frontier
 from prefopt.core.resolve import read_recipe, resolve_config
+from prefopt.data.groups import Feedback
 from prefopt.data.shapes import load_groups
+from prefopt.rollout.label import label
 from prefopt.rollout.prompts import read_prompts
 from prefopt.rollout.rewards import load_reward
 
@@ -245,22 +247,14 @@ class TestReward:
             reward.thawed(path)
 
 
-def test_the_reward_model_sees_labels_and_no_true_score(tmp_path: Path) -> None:
-    """Where the worse response won the draw, its margin is negative: with it the loss would undo the label."""
-    row = {
-        "prompt": "I saw",
-        "chosen": " it",
-        "rejected": " nothing",
-        "margin": -1.5,
-        "chosen_score": 0.5,
-        "rejected_score": 2.0,
-    }
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text(json.dumps({**row, "chosen_finished": False, "rejected_finished": True}) + "\n", encoding="utf-8")
-    assert loaded("labels_only").labels_only(pairs, tmp_path / "labels.jsonl") == 1
-    assert rows_of(tmp_path / "labels.jsonl") == [{key: row[key] for key in ("prompt", "chosen", "rejected")}]
-    (group,) = load_groups(str(tmp_path / "labels.jsonl")).groups
-    assert group.feedback.margin is None and not group.finished
+def test_the_reward_model_sees_labels_and_no_true_score() -> None:
+    """The labels are drawn; a margin of the true scores beside them would tell what the draw hides."""
+    samples = {"prompt": "I saw", "responses": [" it", " nothing"], "finished": [False, True]}
+    rows = label([samples] * 50, [[0.5, 2.0]] * 50, how="bradley-terry").rows
+    assert {row["chosen"] for row in rows} == {" it", " nothing"}
+    groups = load_groups(rows).groups
+    assert all(group.feedback == Feedback("pair") for group in groups)
+    assert {group.finished for group in groups} == {(False, True), (True, False)}
 
 
 RECIPES = sorted(path for path in FOLDER.glob("*.yaml") if path.stem != "frontier")

@@ -35,14 +35,16 @@ def test_bradley_terry_draws_the_sigmoid_of_the_scaled_difference() -> None:
     expected = 1 / (1 + math.exp(-scale * difference))
     share = sum(row["chosen"] == "high" for row in result.rows) / pairs
     assert abs(share - expected) < 3 * math.sqrt(expected * (1 - expected) / pairs)
-    assert result.flipped == sum(row["margin"] < 0 for row in result.rows) == round((1 - share) * pairs)
+    assert result.flipped == sum(row["chosen"] == "low" for row in result.rows) == round((1 - share) * pairs)
+    assert not any("margin" in row for row in result.rows)
 
 
 def test_bradley_terry_follows_its_seed_and_sharpens_to_all_pairs() -> None:
     first, again, other = (label(ROWS * 20, SCORES * 20, how="bradley-terry", seed=seed).rows for seed in (1, 1, 2))
     assert first == again != other
     sharp = label(ROWS, SCORES, how="bradley-terry", scale=1e6)
-    assert sharp.rows == label(ROWS, SCORES, how="all-pairs").rows
+    plain = label(ROWS, SCORES, how="all-pairs").rows
+    assert [row | {"margin": row["chosen_score"] - row["rejected_score"]} for row in sharp.rows] == plain
 
 
 def test_what_gives_no_pair_is_counted_by_reason() -> None:

@@ -39,6 +39,21 @@ def test_a_reward_by_name_is_the_score_of_the_rows(folder: Path) -> None:
     assert reward([], []) == []
 
 
+def test_a_response_that_was_cut_is_scored_without_its_end(folder: Path) -> None:
+    rows = [
+        row | {"chosen_finished": bool(place % 2), "rejected_finished": False} for place, row in enumerate(preference_rows(4))
+    ]
+    model = load_reward_model(str(folder))
+    wanted = model.score_groups(encode_groups(load_groups(rows), model.tokenizer).groups)
+    reward = load_reward(f"model:{folder}")
+    prompts = [row["prompt"] for row in rows for _ in range(2)]
+    answers = [row[key] for row in rows for key in ("chosen", "rejected")]
+    ends = [row[f"{key}_finished"] for row in rows for key in ("chosen", "rejected")]
+    assert reward(prompts, answers, ends) == pytest.approx(np.concatenate(wanted).tolist(), abs=1e-5)
+    assert reward(prompts, answers) != pytest.approx(reward(prompts, answers, ends), abs=1e-3)
+    assert reward(prompts[:1], [""], [False]) == reward(prompts[:1], [""])  # no token but its end
+
+
 def test_a_row_beyond_the_context_is_refused(folder: Path) -> None:
     with pytest.raises(DataError, match=r"prompt 2 with its longest response has \d+ tokens"):
         load_reward(f"model:{folder}")(["a", "b"], ["short", "qz" * 100])

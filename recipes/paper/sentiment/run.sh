@@ -52,9 +52,8 @@ for part in train eval; do
     [ "$part" = eval ] && prompts=$data/prompts_held_out.jsonl # those of prompts_eval are for the evaluation alone
     make "$out/samples_$part.jsonl" prefopt sample "$prompts" --model "$out/sft" --template plain -n 4 --max-new-tokens 48 --batch-size 64
     make "$out/pairs_$part.jsonl" prefopt label "$out/samples_$part.jsonl" --reward sentiment_reward:score --how bradley-terry
-    make "$out/labels_$part.jsonl" python "$here/labels_only.py" "$out/pairs_$part.jsonl"
 done
-train reward "${pairs[@]}" "data.train=$out/labels_train.jsonl" "data.eval=$out/labels_eval.jsonl"
+train reward "${pairs[@]}"
 for method in $methods; do
     case $method in
         ppo) train ppo "${rounds[@]}" "rollout.reward=model:$out/reward" ;;

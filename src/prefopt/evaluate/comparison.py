@@ -14,7 +14,7 @@ from prefopt.evaluate.diversity import distinct_n, self_bleu
 from prefopt.evaluate.intervals import Floats, Interval, bootstrap_mean, cluster_means, paired_difference, wilson
 from prefopt.rollout.prompts import prompt_text
 from prefopt.rollout.rewards import Reward
-from prefopt.rollout.sample import SampleRow
+from prefopt.rollout.sample import SampleRow, scores_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,7 @@ def compare(
     ours: Sequence[float | None] = [None] * len(policy)
     theirs: Sequence[float | None] = [None] * len(policy)
     if reward is not None:
-        prompts = [row.prompt for row in policy]
-        scores = [np.array(reward(prompts, [row.response for row in rows])) for rows in (policy, reference)]
+        scores = [np.array(scores_of(reward, rows)) for rows in (policy, reference)]
         sections["reward"] = reward_section(reward.name, *(cluster_means(values, clusters) for values in scores), seed=seed)
         sections["win_rate"] = win_rate(scores[0] - scores[1], clusters, tolerance=tolerance, seed=seed)
         ours, theirs = scores[0].tolist(), scores[1].tolist()

@@ -15,7 +15,7 @@ from prefopt.model.engine import LanguageModel
 from prefopt.rollout.best_of_n import expected_best_of, kl_bound, powers_of_two
 from prefopt.rollout.prompts import Prompt
 from prefopt.rollout.rewards import Reward
-from prefopt.rollout.sample import SampleRow
+from prefopt.rollout.sample import SampleRow, scores_of
 
 
 def policy_point(
@@ -63,9 +63,8 @@ def best_of_n_points(
     """
     drawn = SampleSettings(most, settings.max_new_tokens, 1.0, 1.0, settings.batch_size, settings.template)
     rows = draw_samples(reference, prompts, drawn, seed=streams(seed)[1], title="sampling reference")
-    given, texts = [row.prompt for row in rows], [row.response for row in rows]
-    judged = np.array(reward(given, texts)).reshape(-1, most)
-    chosen_by = judged if chooses is reward else np.array(chooses(given, texts)).reshape(-1, most)
+    judged = np.array(scores_of(reward, rows)).reshape(-1, most)
+    chosen_by = judged if chooses is reward else np.array(scores_of(chooses, rows)).reshape(-1, most)
     clusters = prompt_clusters(rows[::most])
     points = []
     for n in powers_of_two(most):
@@ -77,8 +76,7 @@ def best_of_n_points(
 
 
 def _reward(rows: Sequence[SampleRow], reward: Reward, seed: int) -> Any:
-    scores = reward([row.prompt for row in rows], [row.response for row in rows])
-    return bootstrap_mean(cluster_means(scores, prompt_clusters(rows)), seed=seed)
+    return bootstrap_mean(cluster_means(scores_of(reward, rows), prompt_clusters(rows)), seed=seed)
 
 
 def _more(rows: Sequence[SampleRow]) -> dict[str, float]:

@@ -24,7 +24,7 @@ from prefopt.rollout import advantages
 from prefopt.rollout.advantages import Floats
 from prefopt.rollout.prompts import Prompt, prompt_text
 from prefopt.rollout.rewards import Reward
-from prefopt.rollout.sample import SampleRow, sample
+from prefopt.rollout.sample import SampleRow, sample, scores_of
 
 _SHOWN = 8  # samples of a round that are written down
 
@@ -94,7 +94,7 @@ def make_round(
         template=template,
         title="sampling a round",
     )
-    raw = np.array(reward([row.prompt for row in rows], [row.response for row in rows]), dtype=np.float64)
+    raw = np.array(scores_of(reward, rows), dtype=np.float64)
     scores = raw - settings.missing_end_penalty * np.array([not row.finished for row in rows])
     groups = sampled_groups(rows, scores, settings.samples_per_prompt)
     with silence():

@@ -34,7 +34,9 @@ class LabelResult:
 def score_samples(rows: Sequence[Mapping[str, Any]], reward: Reward) -> list[list[float]]:
     """Scores of the `responses` of every row (as `prefopt.rollout.sample.samples_of` gives them), in one call of `reward`."""
     prompts = [row["prompt"] for row in rows for _ in row["responses"]]
-    flat = iter(reward(prompts, [response for row in rows for response in row["responses"]]))
+    ends = [end for row in rows for end in (row.get("finished") or [True] * len(row["responses"]))]
+    known = ends if len(ends) == len(prompts) else None  # else `label` says which row is wrong
+    flat = iter(reward(prompts, [response for row in rows for response in row["responses"]], known))
     return [[next(flat) for _ in row["responses"]] for row in rows]
 
 
@@ -52,7 +54,7 @@ def label(
     `rows` hold `prompt` and `responses`; `scores` one number a response. best-worst: one pair a prompt, the highest
     against the lowest score. all-pairs: every pair of responses, the higher score is chosen. bradley-terry: every pair,
     and a is chosen over b with probability sigmoid(scale * (score a - score b)), the preference model of arXiv
-    2305.18290 eq. 1; the margin is then negative where the lower score won. scores: one row a prompt {prompt, responses,
+    2305.18290 eq. 1; these rows have no margin, which would tell what the draw hides. scores: one row a prompt {prompt, responses,
     scores}, all its different responses for losses that learn from K of them; only `finished` is added to it. Empty responses, identical responses, ties
     and pairs whose scores differ by less than `min_margin` are skipped and counted. Where the prompt is a message list,
     chosen and rejected are message lists too. Where the row's `finished` says that one of them was cut, the pair has
@@ -81,7 +83,10 @@ def label(
             if how == "bradley-terry" and random.random() >= _sigmoid(scale * (better.score - worse.score)):
                 better, worse = worse, better
                 flipped += 1
-            result.append(_preference(row["prompt"], better, worse))
+            pair = _preference(row["prompt"], better, worse)
+            if how == "bradley-terry":
+                del pair["margin"]
+            result.append(pair)
     return LabelResult(result, dict(+skipped), flipped)
 
 

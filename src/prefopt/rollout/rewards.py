@@ -15,21 +15,28 @@ from typing import Any
 from prefopt.core.errors import ConfigError, DataError, PrefoptError, nearest
 from prefopt.rollout.prompts import Given
 
-RewardFunction = Callable[[Sequence[Given], Sequence[str]], Sequence[float]]
+RewardFunction = Callable[..., Sequence[float]]  # of (prompts, responses)
 Check = Callable[[str], bool]
 
 
 @dataclass(frozen=True, slots=True)
 class Reward:
-    """A named reward; higher is better."""
+    """A named reward; higher is better. `reads_ends`: its function also takes `finished`, for a model reads the end of turn."""
 
     name: str
     function: RewardFunction
+    reads_ends: bool = False
 
-    def __call__(self, prompts: Sequence[Given], responses: Sequence[str]) -> list[float]:
-        """One finite score a response; DataError names the reward and the first index that has none."""
+    def __call__(
+        self, prompts: Sequence[Given], responses: Sequence[str], finished: Sequence[bool] | None = None
+    ) -> list[float]:
+        """One finite score a response; DataError names the reward and the first index that has none.
+
+        `finished`: whether each response came to its end, where that is known; all did otherwise.
+        """
+        more = {"finished": finished} if self.reads_ends and finished is not None else {}
         try:
-            scores = self.function(prompts, responses)
+            scores = self.function(prompts, responses, **more)
         except PrefoptError:
             raise
         except Exception as error:  # whatever a reward of the user's own does
@@ -83,11 +90,11 @@ def load_reward(name: str) -> Reward:
     if head == "model":
         if not argument:
             raise ConfigError(f'reward: "{name}" needs a trained reward model', todo="For example model:runs/reward.")
-        return Reward(name, _trained(argument))
+        return Reward(name, _trained(argument), reads_ends=True)
     if head == "implicit":
         if not argument:
             raise ConfigError(f'reward: "{name}" needs a run folder', todo="For example implicit:runs/dpo.")
-        return Reward(name, _implicit(argument))
+        return Reward(name, _implicit(argument), reads_ends=True)
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
         return Reward(name, _imported(name, head, argument))
     raise ConfigError(f'reward: "{name}" is not a reward', todo=_known(head))

@@ -19,6 +19,7 @@ from prefopt.rollout.decode import Wanted, decode, follows
 from prefopt.rollout.draw import next_tokens, uniforms_of
 from prefopt.rollout.generate import generate
 from prefopt.rollout.prompts import Given, Prompt, as_prompt
+from prefopt.rollout.rewards import Reward
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,11 @@ def sample(
         for number, response in enumerate(responses)
         if response is not None
     ]
+
+
+def scores_of(reward: Reward, rows: Sequence[SampleRow]) -> list[float]:
+    """What `reward` gives each of `rows`."""
+    return reward([row.prompt for row in rows], [row.response for row in rows], [row.finished for row in rows])
 
 
 def samples_of(rows: Sequence[SampleRow]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from prefopt.core.errors import DataError
+from prefopt.core.past_run import run_config
 from prefopt.data.encode import encode_groups
 from prefopt.data.groups import Feedback, Group, GroupSet, Turn
 from prefopt.data.tokens import TokenGroup
@@ -14,17 +15,25 @@ from prefopt.model.load import load_reward_model
 from prefopt.rollout.prompts import Given, as_prompt
 
 
-def trained_reward(name: str) -> Callable[[Sequence[Given], Sequence[str]], list[float]]:
+def trained_reward(name: str) -> Callable[..., list[float]]:
     """A reward function that scores with the reward model `name` (see `load_reward_model`); ModelError where it is none.
 
-    A response counts as finished: the model's end of turn is put behind its text. A prompt that comes several times in
-    a row is computed once.
+    The model's end of turn is put behind the text of a response, unless `finished` says that it was cut. Prompts are written
+    as in the run that trained the model. A prompt that comes several times in a row is computed once.
     """
     model = load_reward_model(name, require_trained=True)
+    config = run_config(name)
+    template = "auto" if config is None else config.data.template
 
-    def scores(prompts: Sequence[Given], responses: Sequence[str]) -> list[float]:
+    def scores(prompts: Sequence[Given], responses: Sequence[str], finished: Sequence[bool] | None = None) -> list[float]:
         groups = response_groups(
-            f"reward model {name}", prompts, responses, model.tokenizer, context_tokens=model.context_tokens
+            f"reward model {name}",
+            prompts,
+            responses,
+            model.tokenizer,
+            finished=finished,
+            context_tokens=model.context_tokens,
+            template=template,
         )
         found = model.score_groups(groups, title="scoring with the reward model")
         return [float(value) for values in found for value in values]
@@ -38,19 +47,23 @@ def response_groups(
     responses: Sequence[str],
     tokenizer: Any,
     *,
+    finished: Sequence[bool] | None = None,
     context_tokens: int,
     template: str = "auto",
 ) -> Sequence[TokenGroup]:
-    """Token ids of responses that came to their end, neighbours with the same prompt in one group, in their order.
+    """Token ids of responses, neighbours with the same prompt in one group, in their order.
 
+    All came to their end, unless `finished` says otherwise; one without text ends at once, for it has no other token.
     DataError, in which `name` says who reads them, for a prompt that cannot be written or is too long with a response.
     """
     groups: list[Group] = []
-    for given, members in groupby(zip(prompts, responses, strict=True), key=lambda pair: pair[0]):
-        prompt = as_prompt(given)
-        answers = tuple((Turn("assistant", text),) for _, text in members)
+    ends = [True] * len(responses) if finished is None else finished
+    for given, neighbours in groupby(zip(prompts, responses, ends, strict=True), key=lambda one: one[0]):
+        prompt, members = as_prompt(given), list(neighbours)
+        answers = tuple((Turn("assistant", text),) for _, text, _ in members)
+        done = tuple(end or not text.strip() for _, text, end in members)
         source = f"prompt {len(groups) + 1}"
-        groups.append(Group(prompt.turns, answers, Feedback("demonstration"), prompt.form, source))
+        groups.append(Group(prompt.turns, answers, Feedback("demonstration"), prompt.form, source, finished=done))
     tokens = encode_groups(GroupSet(tuple(groups), rows=len(groups), name=name), tokenizer, template=template)
     if tokens.bad:
         raise DataError(f"{name}: {tokens.bad[0]}", todo="Mend or remove this prompt.")

@@ -16,7 +16,8 @@ DEFAULT_BETA = 0.1  # of a run whose loss has none
 
 
 def implicit_reward_of(run: str) -> RewardFunction:
-    """A reward function: log(policy / reference) of the whole response with its end of turn, times the beta of the run.
+    """A reward function: log(policy / reference) of the whole response with its end of turn, where it came to its end, times
+    the beta of the run.
 
     arXiv 2305.18290 eq. 5 without the term of the prompt alone: only differences between responses to the same prompt mean
     something. Policy: the newest checkpoint of the run folder `run`; reference, beta and template are the run's own.
@@ -32,9 +33,11 @@ def implicit_reward_of(run: str) -> RewardFunction:
     beta = config.loss.beta or DEFAULT_BETA
     template = config.data.template
 
-    def rewards(prompts: Sequence[Given], responses: Sequence[str]) -> list[float]:
+    def rewards(prompts: Sequence[Given], responses: Sequence[str], finished: Sequence[bool] | None = None) -> list[float]:
         context = min(policy.context_tokens, reference.context_tokens)
-        found = response_groups(run, prompts, responses, policy.tokenizer, context_tokens=context, template=template)
+        found = response_groups(
+            run, prompts, responses, policy.tokenizer, finished=finished, context_tokens=context, template=template
+        )
         with silence():
             ours, theirs = policy.score(found), reference.score(found)
         return [
