@@ -33,6 +33,7 @@ from prefopt.report.history import (
     spread,
 )
 from prefopt.report.known import Known
+from prefopt.report.measures import measure_rows, round_samples
 from prefopt.report.wording import Wording
 
 MOST_SAMPLES = 12
@@ -62,6 +63,8 @@ def report_data(run: RunFolder) -> Row:
         "reward_name": part(evaluation, "reward", "name") or "reward",
         "samples": [_sample(row) for row in firsts[:MOST_SAMPLES]],
         "samples_total": len(firsts),
+        "measures": measure_rows(evaluation),
+        "round_samples": round_samples(history.of_kind("round")),
         "training": _training(history),
         "evaluation": evaluation,
         "audit": audit,
