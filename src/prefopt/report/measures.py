@@ -12,13 +12,13 @@ def measure_rows(evaluation: Maybe) -> list[Row]:
     """Rows with `what` was measured, its `value` with the 95 % interval, and a `detail`; empty without such measures."""
     found = evaluation or {}
     return [
-        *(_win_rate(*keys, section) for *keys, section in _nested(found.get("win_rates"))),
-        *(_accuracy(*keys, section) for *keys, section in _nested(found.get("accuracies"))),
+        *(_win_rate(opponent, judge, section) for opponent, judge, section in _nested(found.get("win_rates"))),
+        *(_accuracy(data, scorer, section) for data, scorer, section in _nested(found.get("accuracies"))),
         *(_calibration(data, section) for data, section in (found.get("calibrations") or {}).items()),
     ]
 
 
-def _nested(sections: Any) -> Iterator[tuple[Any, ...]]:
+def _nested(sections: Any) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     for outer, inner in (sections or {}).items():
         for name, section in inner.items():
             yield outer, name, section
