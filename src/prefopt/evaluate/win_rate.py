@@ -15,11 +15,10 @@ import numpy as np
 from prefopt.core.errors import DataError
 from prefopt.evaluate.intervals import Floats, Interval, bootstrap_mean, cluster_means, tied_wilson, wilson
 from prefopt.evaluate.length_control import length_controlled
-from prefopt.rollout.judges.verdict import Judge, Verdict, Winner, sees_order
+from prefopt.rollout.judges.verdict import Judge, Verdict, mirrored, sees_order
 from prefopt.rollout.prompts import Given
 
 _FIRST_SCORE = {"first": 1.0, "second": 0.0, "tie": 0.5}
-_OTHER: dict[Winner, Winner] = {"first": "second", "second": "first", "tie": "tie"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +72,7 @@ def judge_matches(judge: Judge, matches: Sequence[Match]) -> list[Judged]:
         verdicts = _asked(judge, prompts * 2, policy + opponent, opponent + policy)
     else:
         verdicts = _asked(judge, prompts, policy, opponent)
-        verdicts += [_mirrored(verdict) for verdict in verdicts]
+        verdicts += [mirrored(verdict) for verdict in verdicts]
     orders = zip(verdicts[: len(matches)], verdicts[len(matches) :], strict=True)
     return [Judged(match, *both) for match, both in zip(matches, orders, strict=True)]
 
@@ -86,11 +85,6 @@ def _asked(judge: Judge, prompts: Sequence[Given], first: Sequence[str], second:
             todo="A judge gives one verdict a comparison, in order.",
         )
     return verdicts
-
-
-def _mirrored(verdict: Verdict) -> Verdict:
-    margin = None if verdict.margin is None else -verdict.margin
-    return Verdict(None if verdict.winner is None else _OTHER[verdict.winner], verdict.said, margin)
 
 
 def win_rate_section(judged: Sequence[Judged], *, order_seen: bool = True, seed: int = 0) -> dict[str, Any]:
