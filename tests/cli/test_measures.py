@@ -11,6 +11,8 @@ import pytest
 from cli.command_line import prefopt
 from train.tiny_runs import preference_rows, tiny_config, write_model, write_rows
 
+pytestmark = pytest.mark.slow
+
 MEASURES = ("win-rate", "agreement", "accuracy", "calibration", "temperatures")
 
 

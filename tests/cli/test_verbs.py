@@ -18,6 +18,8 @@ from prefopt.core.run_folder import open_run
 from prefopt.model import selfcheck as proofs
 from train.tiny_runs import preference_rows, write_model, write_rows
 
+pytestmark = pytest.mark.slow
+
 VERBS = (
     "check",
     "train",
@@ -140,7 +142,6 @@ def test_a_dry_run_shows_everything_and_writes_nothing(folder: Path, model: Path
     assert not (folder / "run").exists()
 
 
-@pytest.mark.slow
 def test_a_plan_says_whether_it_fits_and_what_would(folder: Path, model: Path) -> None:
     words = ["plan", *small(model, "data.eval_rows=8")[1:]]
     fits = prefopt(*words)
@@ -248,7 +249,6 @@ def test_runs_of_no_folder_are_none(folder: Path) -> None:
     assert json_of(prefopt("runs", "--json")) == []
 
 
-@pytest.mark.slow
 def test_sample_label_train_evaluate_score_report(folder: Path, model: Path) -> None:
     """The whole chain on a reward that a random model can follow: longer responses."""
     (folder / "prompts.txt").write_text("".join(f"What of {word}?\n" for word in ("rain", "my boat", "bread", "the night")))
@@ -329,7 +329,6 @@ def test_evaluate_measures_the_held_out_rows_of_training(folder: Path, model: Pa
     assert measured["loss"] == pytest.approx(logged["eval/loss"], abs=1e-4)
 
 
-@pytest.mark.slow
 def test_without_a_terminal_lines_are_plain_and_json_is_alone_on_standard_output(folder: Path, model: Path) -> None:
     command = [sys.executable, "-c", "from prefopt.cli import main; main()"]
     words = [str(word) for word in small(model, "data.eval_rows=4")]
@@ -343,7 +342,6 @@ def test_without_a_terminal_lines_are_plain_and_json_is_alone_on_standard_output
     assert pure.stderr == ""
 
 
-@pytest.mark.slow
 def test_no_color_is_honoured_on_a_terminal(folder: Path, model: Path) -> None:
     shown = {}
     for colour in ("", "1"):

@@ -10,6 +10,8 @@ import pytest
 from prefopt.core.errors import DataError
 from prefopt.evaluate.calibration import calibration_lines, calibration_section, ece, reliability
 
+pytestmark = pytest.mark.slow
+
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-x))

@@ -25,6 +25,8 @@ from prefopt.model.adapters import add_lora, lora_identity, merged_state
 from prefopt.model.engine import LanguageModel, weights_identity
 from prefopt.model.load import as_language_model, load_model, load_tokenizer, model_facts
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("llama", "gpt2", "gemma2", "qwen3-moe", "phi3", "opt", "cohere")
 
 

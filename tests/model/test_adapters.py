@@ -26,6 +26,8 @@ from prefopt.model.adapters import (
 from prefopt.model.batch import packed_batch, padded_batch
 from prefopt.model.engine import LanguageModel, weights_identity
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 LINEAR = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
 

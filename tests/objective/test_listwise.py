@@ -15,6 +15,8 @@ from objective.made_rows import group, judged, randoms, ranking, scores, values
 from prefopt.objective.listwise import all_pairs, best_of_k, plackett_luce
 from prefopt.objective.pairs import dpo
 
+pytestmark = pytest.mark.slow
+
 RATIOS = st.floats(-30, 30).map(lambda value: round(value, 6))
 SEVERAL = st.lists(RATIOS, min_size=2, max_size=6)
 BETAS = st.floats(0.01, 2).map(lambda value: round(value, 6))

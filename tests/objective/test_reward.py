@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from objective.made_rows import PAIR, group, judged, pairs, ranking, scores, values
 from prefopt.objective.apply import Objective
 
+pytestmark = pytest.mark.slow
+
 SCORES = st.floats(-20, 20).map(lambda value: round(value, 6))
 
 

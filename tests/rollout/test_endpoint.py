@@ -29,6 +29,8 @@ from prefopt.rollout.judges.settings import judge_settings
 from prefopt.rollout.judges.templates import load_template
 from rollout.fake_endpoint import FAULTS, FakeEndpoint
 
+pytestmark = pytest.mark.slow
+
 FAST = {"first_wait_seconds": 0.001, "longest_wait_seconds": 2.0, "retries": 25, "timeout_seconds": 4.0}
 KEY = "sk-do-not-tell"
 

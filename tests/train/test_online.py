@@ -24,6 +24,8 @@ from prefopt.train import online
 from prefopt.train.online import OnlineTraining
 from train.tiny_runs import SUBJECTS, stop_after, write_model
 
+pytestmark = pytest.mark.slow
+
 
 def vowels(prompts: list[Any], responses: list[str]) -> list[float]:
     """A reward that a tiny model can learn: the share of the letter a."""
@@ -132,7 +134,6 @@ def test_micro_batches_do_not_change_a_policy_gradient(tmp_path: Path, loss: str
     assert first.statistics == pytest.approx(second.statistics, abs=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["ppo", "dpo"])
 def test_a_run_killed_within_a_round_goes_on_as_the_unbroken_one(tmp_path: Path, loss: str) -> None:
     steps = {"save_every_steps": 1}
@@ -145,7 +146,6 @@ def test_a_run_killed_within_a_round_goes_on_as_the_unbroken_one(tmp_path: Path,
     assert [event["objective/scores"] for event in ours] == [event["objective/scores"] for event in theirs]
 
 
-@pytest.mark.slow
 def test_a_run_killed_while_it_samples_goes_on_as_the_unbroken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = {"save_every_steps": 2}
     unbroken = train_run(online_config(tmp_path, train={"output_dir": str(tmp_path / "whole"), **steps}))
@@ -183,7 +183,6 @@ def test_a_round_is_read_as_it_was_written(tmp_path: Path) -> None:
                 assert len(ours) == len(theirs) and all(map(np.array_equal, ours, theirs))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["ppo", "rloo", "grpo", "dpo", "sft", "kto"])
 def test_each_way_of_learning_raises_the_reward(tmp_path: Path, loss: str) -> None:
     gradients = loss in ("ppo", "rloo", "grpo")
@@ -215,7 +214,6 @@ def test_replayed_rounds_are_trained_on_again(tmp_path: Path) -> None:
     assert set(first) < set(second)
 
 
-@pytest.mark.slow
 def test_the_price_of_kl_is_carried_from_round_to_round(tmp_path: Path) -> None:
     rollout = {"kl_target": 1e-6, "kl_horizon": 32.0, "kl_coefficient": 0.1, "rounds": 4}
     config = online_config(tmp_path, rollout=rollout, train={"save_every_steps": 2})
@@ -264,7 +262,6 @@ def test_a_checkpoint_is_a_plain_model_beside_its_value_head(tmp_path: Path) -> 
     assert round_path(run.path / "rollouts", 0).exists()
 
 
-@pytest.mark.slow
 def test_lora_learns_against_the_policy_without_its_adapter(tmp_path: Path) -> None:
     config = online_config(tmp_path, model={"name": str(tmp_path / "model"), "lora": {"r": 4}}, train={"save_every_steps": 1})
     stop_after(3, config)

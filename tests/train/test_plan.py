@@ -23,6 +23,8 @@ from prefopt.planning import plan_run
 from prefopt.train.plan import Machine, MemoryPlan, changes_that_fit, fitting_budget, fullest_micro_batches, plan_memory
 from train.tiny_runs import tiny_config, tiny_training
 
+pytestmark = pytest.mark.slow
+
 GIB = 2**30
 CPU = torch.device("cpu")
 
@@ -71,7 +73,6 @@ class TestLedger:
             assert ledger.peak >= 4 << 38
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("tokens", "recompute"), [(60, "none"), (400, "none"), (400, "full"), (400, "selective")])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("lora", [None, {"r": 4}])
@@ -105,7 +106,6 @@ def test_the_passes_of_a_plan_are_those_of_training(
     assert planned.weights == training.policy.model.num_parameters() - (planned.trained if lora else 0)
 
 
-@pytest.mark.slow
 def test_the_parts_add_up(tmp_path: Path) -> None:
     whole = plan(tmp_path)
     assert whole.parts["weights, fp32"] == whole.parts["gradients, fp32"] == 4 * whole.weights
@@ -128,7 +128,6 @@ def test_the_parts_add_up(tmp_path: Path) -> None:
     assert 0 < whole.reference_pass < sum(whole.parts.values())
 
 
-@pytest.mark.slow
 def test_a_larger_budget_takes_more_and_recomputing_less(tmp_path: Path) -> None:
     passes = [plan(tmp_path, tokens=tokens).parts["passes over the largest micro-batch"] for tokens in (60, 120, 240)]
     assert passes == sorted(set(passes))
@@ -139,7 +138,6 @@ def test_a_larger_budget_takes_more_and_recomputing_less(tmp_path: Path) -> None
     assert most < some < passes[-1]
 
 
-@pytest.mark.slow
 def test_the_budget_is_halved_until_it_fits_and_no_further_than_the_longest_row(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, train={"groups_per_step": 40})
     groups, architecture = groups_of(config), model_config(config.model.name)
@@ -154,7 +152,6 @@ def test_the_budget_is_halved_until_it_fits_and_no_further_than_the_longest_row(
     assert max(group.unique_tokens for group in groups) <= chosen(1000) < 2 * max(group.unique_tokens for group in groups)
 
 
-@pytest.mark.slow
 def test_changes_are_those_that_fit(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, train={"groups_per_step": 40, "micro_batch_tokens": 1024})
     groups, architecture = groups_of(config), model_config(config.model.name)
@@ -166,7 +163,6 @@ def test_changes_are_those_that_fit(tmp_path: Path) -> None:
     assert list(changes_that_fit(config, architecture, groups, machine(1000))) == []
 
 
-@pytest.mark.slow
 def test_auto_is_saved_as_the_number_that_it_became(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(tmp_path, train={"max_steps": 1, "groups_per_step": 20})
     assert config.train.micro_batch_tokens == "auto"
