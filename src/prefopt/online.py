@@ -36,12 +36,7 @@ class PreparedPrompts(Prepared):
         """The OnlineTraining of `run_config`, at step 0; `parts` are the fields of every Training but its groups."""
         config = run_config
         assert config.rollout is not None
-        facts = config.loss.facts
-        kind = None
-        if config.loss.needs_samples:
-            whole = {"rloo": "leave_one_out"}
-            head = any(one.needs_value_head for one in facts)
-            kind = "gae" if head else whole.get(config.loss.parts[0].name, "group_normalised")
+        kind = next((facts.estimator for facts in config.loss.facts if facts.needs_samples), None)
         return OnlineTraining(
             groups=(),
             prompts=self.prompts,

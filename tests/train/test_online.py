@@ -22,7 +22,7 @@ from prefopt.pipeline import start_training, train_run
 from prefopt.rollout.rounds import read_round, round_path, write_round
 from prefopt.train import online
 from prefopt.train.online import OnlineTraining
-from train.tiny_runs import SUBJECTS, stop_after, write_model
+from train.tiny_runs import SUBJECTS, preference_rows, stop_after, write_model, write_rows
 
 pytestmark = pytest.mark.slow
 
@@ -243,6 +243,49 @@ def test_samples_that_the_policy_did_not_draw_are_refused(tmp_path: Path) -> Non
         training.train_step(groups)
 
 
+def test_kto_compares_with_the_reference_under_the_same_other_prompts(tmp_path: Path) -> None:
+    """While policy and reference are equal, the KL under other prompts is exactly 0."""
+    training = started(online_config(tmp_path, loss={"name": "kto"}))
+    groups = training.groups_of(0)
+    others = [group.mismatched for group in groups if group.mismatched is not None]
+    assert len(others) == len(groups)
+    ours, theirs = training.policy.score(others), training.reference.of(others)
+    flat = [np.concatenate([part for group in scores for part in group]) for scores in (ours, theirs)]
+    assert np.abs(flat[0] - flat[1]).max() <= 1e-5
+    assert np.abs(flat[0] - np.concatenate([part for group in training.reference.of(groups) for part in group])).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("loss", "estimator"),
+    [
+        ({"name": "ppo"}, "gae"),
+        ({"name": "rloo"}, "leave_one_out"),
+        ({"name": "grpo"}, "group_normalised"),
+        ({"sft": 0.1, "rloo": 1.0}, "leave_one_out"),
+        ({"sft": 0.1, "grpo": 1.0}, "group_normalised"),
+        ({"name": "dpo"}, None),
+    ],
+    ids=str,
+)
+def test_the_estimator_is_that_of_the_loss_wherever_it_stands_in_a_mix(
+    tmp_path: Path, loss: dict[str, Any], estimator: str | None
+) -> None:
+    assert started(online_config(tmp_path, loss={"name": None, **loss})).learning.advantages == estimator
+
+
+def test_one_sample_a_prompt_is_enough_with_a_value_head(tmp_path: Path) -> None:
+    run = train_run(online_config(tmp_path, rollout={"samples_per_prompt": 1, "rounds": 2}))
+    steps = [event for event in run.events() if event["kind"] == "step"]
+    assert len(steps) == 4 and all(np.isfinite(event["loss"]) for event in steps)
+
+
+def test_online_preferences_are_measured_on_held_out_rows(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "held_out.jsonl", preference_rows(6))
+    run = train_run(online_config(tmp_path, loss={"name": "dpo"}, data={"eval": str(rows)}, rollout={"rounds": 2}))
+    losses = [event["eval/loss"] for event in run.events() if event["kind"] == "eval"]
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-5) and losses[-1] != losses[0]
+
+
 def test_a_missing_end_costs_what_it_is_said_to(tmp_path: Path) -> None:
     plain, priced = (
         started(online_config(tmp_path / str(price), loss={"name": "rloo"}, rollout={"missing_end_penalty": price}))
@@ -279,6 +322,8 @@ def test_lora_learns_against_the_policy_without_its_adapter(tmp_path: Path) -> N
         ({"loss": {"name": "grpo"}, "rollout": {"gae_lambda": 0.9}}, "does not use it"),
         ({"loss": {"name": "dpo"}, "rollout": {"pairing": "scores"}}, "scores rows"),
         ({"loss": {"name": "rloo"}, "rollout": {"samples_per_prompt": 1}}, "compares the samples"),
+        ({"loss": {"name": "sft"}, "rollout": {"samples_per_prompt": 1}}, "compares the samples"),
+        ({"loss": {"name": None, "rloo": 1.0, "grpo": 1.0}}, "in different ways"),
         ({"loss": {"name": "reward"}}, "trains a reward model"),
         ({"data": {"train": "rows.jsonl"}}, "learns from its own samples"),
         ({"train": {"epochs": 2.0}}, "rollout.rounds"),

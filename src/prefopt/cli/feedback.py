@@ -63,30 +63,18 @@ def label(
     as_json: JsonOption = False,
 ) -> None:
     """Turn sampled responses into preference rows, by a reward or by a judge that is asked in both orders."""
-    from prefopt.core.errors import ConfigError
     from prefopt.core.files import check_writable
     from prefopt.core.progress import set_quiet
     from prefopt.rollout.sample import read_samples
 
     if as_json:
         set_quiet(True)
-    if (reward is None) == (judge is None):
-        found = "neither" if reward is None else "both"
-        raise ConfigError(f"label: {found} of --reward and --judge given", todo="Give one of them; docs/ai-feedback.md.")
-    _refuse(context, _FOR_JUDGES if judge is None else _FOR_REWARDS, "--judge" if judge is None else "--reward")
+    _check_asked(context, reward, judge)
     rows = read_samples(samples)
     check_writable(output.parent)
     if judge is not None:
-        made, summary = _judged(
-            rows,
-            judge,
-            judge_template,
-            settings or (),
-            constitution,
-            pairs_per_prompt=pairs_per_prompt,
-            seed=seed,
-            orders=orders,
-        )
+        how_judged: dict[str, Any] = {"pairs_per_prompt": pairs_per_prompt, "seed": seed, "orders": orders}
+        made, summary = _judged(rows, judge, judge_template, settings or (), constitution, **how_judged)
     else:
         made, summary = _scored(rows, str(reward), how=how, scale=scale, min_margin=min_margin, seed=seed)
     _write(output, made, summary, f"{samples}: no pair could be made", f"preference rows from {len(rows)} prompts", as_json)
@@ -183,10 +171,14 @@ def _usage(asked: Any) -> dict[str, Any] | None:
     return None if usage is None else asdict(usage)
 
 
-def _refuse(context: typer.Context, names: Sequence[str], owner: str) -> None:
-    """ConfigError where one of the options `names`, which only `owner` has, was given."""
+def _check_asked(context: typer.Context, reward: str | None, judge: str | None) -> None:
+    """ConfigError unless one of --reward and --judge is given, and no option that only the other one has."""
     from prefopt.core.errors import ConfigError
 
+    if (reward is None) == (judge is None):
+        found = "neither" if reward is None else "both"
+        raise ConfigError(f"label: {found} of --reward and --judge given", todo="Give one of them; docs/ai-feedback.md.")
+    names, owner = (_FOR_JUDGES, "--judge") if judge is None else (_FOR_REWARDS, "--reward")
     for parameter in context.command.params:
         source = context.get_parameter_source(str(parameter.name))
         if parameter.name in names and source is not None and source.name == "COMMANDLINE":

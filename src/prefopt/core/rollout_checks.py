@@ -34,7 +34,7 @@ def check_rollout(config: RunConfig) -> None:
             todo="Remove the section rollout.",
         )
     value_head = any(facts.needs_value_head for facts in config.loss.facts)
-    if rollout.samples_per_prompt < 2 and not value_head and config.loss.title != "sft":
+    if rollout.samples_per_prompt < 2 and not value_head:
         raise ConfigError(
             f'rollout.samples_per_prompt=1, and the loss "{title}" compares the samples of a prompt with each other',
             todo="Set rollout.samples_per_prompt=4, or use loss.name=ppo, which has a value head.",
@@ -103,6 +103,13 @@ def _check_policy_gradient(config: RunConfig, rollout: RolloutConfig, value_head
             f'data.eval is set, and the loss "{config.loss.title}" has no value on rows that the policy did not draw',
             todo="Remove data.eval; prefopt evaluate RUN --pairs FILE measures the run on rows.",
         )
+    estimators = {facts.name: facts.estimator for facts in config.loss.facts if facts.needs_samples}
+    if len(set(estimators.values())) > 1:
+        each = ", ".join(f"{name}: {estimator}" for name, estimator in estimators.items())
+        raise ConfigError(
+            f'the parts of the loss "{config.loss.title}" make advantages in different ways ({each})',
+            todo="Mix losses of one way, or train with one of them.",
+        )
     if value_head and config.train.optimizer == "adamw_bf16":
         raise ConfigError(
             "train.optimizer=adamw_bf16 keeps no fp32 weights, which a value head needs",
@@ -115,7 +122,7 @@ def _check_preferences(config: RunConfig, rollout: RolloutConfig) -> None:
         return
     from prefopt.core.checks import accepted_kinds
 
-    kind = "scores" if rollout.pairing == "scores" or rollout.samples_per_prompt == 1 else "pair"
+    kind = "scores" if rollout.pairing == "scores" else "pair"
     if kind not in accepted_kinds(config):
         raise ConfigError(
             f'rollout.pairing={rollout.pairing} gives {kind} rows, and the loss "{config.loss.title}" learns from'

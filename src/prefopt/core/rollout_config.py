@@ -29,7 +29,7 @@ class RolloutConfig(Section):
         description="Prompts answered in a round, drawn without replacement from data.seed. As many as train.groups_per_step: on-policy steps.",
     )
     samples_per_prompt: int = Field(
-        1, ge=1, description="Responses to each prompt: a group. Of one prompt at least 2 for all losses but ppo."
+        1, ge=1, description="Responses to each prompt: a group. At least 2 for all losses but those with a value head (ppo)."
     )
     max_new_tokens: int = Field(64, ge=1, description="Longest response.")
     temperature: float = Field(1.0, gt=0, description="Of sampling. Policy gradients need samples of the policy itself: 1.")

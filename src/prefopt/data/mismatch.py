@@ -38,7 +38,9 @@ def with_mismatched(groups: Sequence[TokenGroup], *, seed: int) -> Sequence[Toke
 
 
 def _under(own: TokenGroup, other: TokenGroup) -> TokenGroup:
-    return replace(own, prompt_ids=other.prompt_ids, source=f"{own.source} under the prompt of {other.source}")
+    """What was known when `own` was drawn was known under its own prompt, so it does not go along."""
+    source = f"{own.source} under the prompt of {other.source}"
+    return replace(own, prompt_ids=other.prompt_ids, source=source, experience=None)
 
 
 class MismatchedRows(TokenRows):

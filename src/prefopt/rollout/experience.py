@@ -31,7 +31,7 @@ _SHOWN = 8  # samples of a round that are written down
 
 @dataclass(frozen=True)
 class Round:
-    """What one round gave: groups to train on, metrics under TRL's names (see docs/metrics), the KL coefficient of the next
+    """What one round gave: groups to train on, metrics under TRL's names (docs/rlhf.md), the KL coefficient of the next
     round, and some samples with their scores for people to read."""
 
     groups: tuple[TokenGroup, ...]

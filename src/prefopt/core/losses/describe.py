@@ -207,7 +207,7 @@ def input_text(quantity: Input) -> str:
 
 _DERIVED = (
     *("accepts", "columns", "needs_reference", "needs_live_reference", "needs_mismatched"),
-    *("trains_reward_model", "needs_samples", "needs_value_head", "learns_from_ties", "implicit_reward"),
+    *("trains_reward_model", "needs_samples", "needs_value_head", "estimator", "learns_from_ties", "implicit_reward"),
 )
 
 

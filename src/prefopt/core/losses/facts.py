@@ -132,7 +132,7 @@ class LossFacts:
     `inputs`: the positional parameters of the function, names of INPUTS. `unit`: what its values are averaged over
     within a step: groups, responses, tokens of the best response, every token of all responses, or "step" for a formula that couples all groups of
     the step and whose values belong to none of them. `step_wide`: needs all groups of a step at once.
-    `strict_order`: tied scores cannot be used. `reduce`: log-ratios are summed or averaged over tokens, or by choice.
+    `advantage`: how rewards of the policy's samples become advantages, where it is not `estimator`'s default. `strict_order`: tied scores cannot be used. `reduce`: log-ratios are summed or averaged over tokens, or by choice.
     """
 
     name: str
@@ -146,6 +146,7 @@ class LossFacts:
     unit: Literal["group", "response", "token", "every token", "step"] = "group"
     step_wide: bool = False
     strict_order: bool = False
+    advantage: Literal["", "gae", "leave_one_out", "group_normalised"] = ""
     since: str = "0.2"
 
     @property
@@ -177,6 +178,13 @@ class LossFacts:
     @property
     def needs_samples(self) -> bool:
         return any(INPUTS[name].sampled for name in self.inputs)
+
+    @property
+    def estimator(self) -> str:
+        """How rewards of samples become advantages: as the loss says, else gae with a value head and leave_one_out without."""
+        if self.advantage or not self.needs_samples:
+            return self.advantage
+        return "gae" if self.needs_value_head else "leave_one_out"
 
     @property
     def needs_value_head(self) -> bool:

@@ -43,6 +43,7 @@ FACTS = (
         paper="arXiv 2402.03300 eq. 3, with the KL penalty in the reward instead of the loss, and the mean over all tokens of a"
         " step (arXiv 2503.14476) instead of each response's own",
         inputs=("logp_N", "old_logp_N", "advantage_N"),
+        advantage="group_normalised",
         knobs={"clip": _CLIP},
         unit="every token",
     ),
