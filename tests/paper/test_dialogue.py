@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,8 +89,7 @@ def test_recipe_resolves(recipe: Path) -> None:
 def test_the_quick_form_goes_through_and_again_does_nothing(tmp_path: Path) -> None:
     """On a copy of the recipes, with a tiny random model."""
     home = tmp_path / "project"
-    (home / "recipes" / "paper").mkdir(parents=True)
-    subprocess.run(["cp", "-r", str(FOLDER), str(home / "recipes" / "paper")], check=True)
+    shutil.copytree(FOLDER.parent, home / "recipes" / "paper")
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     for name, words in (("prefopt", "-m prefopt"), ("python", "")):

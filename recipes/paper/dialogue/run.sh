@@ -29,18 +29,7 @@ rows=${PREFOPT_DIALOGUE_ROWS:-${PREFOPT_SHARED:-../shared}/data/hh-rlhf/helpful-
 model=${PREFOPT_DIALOGUE_MODEL:-smollm2-135m-instruct}
 data=$out/data
 
-train() { # train NAME KEY=VALUE ...
-    local name=$1 folder="$out/$1"
-    shift
-    if grep -qs '"kind": *"end"' "$folder/events.jsonl"; then
-        echo "$folder: there already"
-    elif compgen -G "$folder/checkpoints/*/manifest.json" >/dev/null; then
-        prefopt train "$folder/config.json" --resume
-    else
-        rm -rf "$folder" # died before its first checkpoint
-        prefopt train "$here/$name.yaml" "train.output_dir=$folder" "$@"
-    fi
-}
+source "$here/../train.sh"
 
 [ -e "$data/held_out.jsonl" ] || python "$here/split.py" "$rows" --output "$data" ${quick[@]+"${quick[@]}"}
 of_sft=("model.name=$out/sft" "data.train=$data/policy.jsonl" "data.eval=$data/held_out.jsonl" ${of_rows[@]+"${of_rows[@]}"})

@@ -24,18 +24,7 @@ data=$out/data
 export PREFOPT_SENTIMENT_REWARD="$PWD/$data/reward.npz"
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 
-train() { # train NAME KEY=VALUE ...
-    local name=$1 folder="$out/$1"
-    shift
-    if grep -qs '"kind": *"end"' "$folder/events.jsonl"; then
-        echo "$folder: there already"
-    elif compgen -G "$folder/checkpoints/*/manifest.json" >/dev/null; then
-        prefopt train "$folder/config.json" --resume
-    else
-        rm -rf "$folder" # died before its first checkpoint
-        prefopt train "$here/$name.yaml" "train.output_dir=$folder" "$@"
-    fi
-}
+source "$here/../train.sh"
 
 make() { # make FILE COMMAND ...: unless the file is there
     local file=$1
