@@ -9,12 +9,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -172,6 +174,25 @@ def test_a_killed_frontier_ends_as_the_unbroken_one(world: World, tmp_path: Path
     assert all(int(name.split()[-1]) % 2 for name in repeated), "only steps behind the last checkpoint"
     shutil.rmtree(tmp_path / "out")
     assert run(tmp_path / "out") == broken
+
+
+def test_two_commands_share_the_work_and_end_with_one_table(world: World, tmp_path: Path) -> None:
+    """What another command holds comes last, when that lets go of it; nothing is trained by both."""
+    (tmp_path / "out" / "locks").mkdir(parents=True)
+    tables: list[dict[str, Any]] = []
+    work = threading.Thread(target=lambda: tables.append(run(tmp_path / "out")))
+    with FileLock(tmp_path / "out" / "locks" / "dpo-0.1-seed0.lock"):
+        work.start()
+        deadline = time.monotonic() + 60
+        while not any(name.startswith("measures sft") and name.endswith("8") for name in world.done):
+            assert work.is_alive() and time.monotonic() < deadline
+            time.sleep(0.01)
+        assert any(name.startswith("dpo-0.5") for name in world.done)
+        assert not any(name.startswith("dpo-0.1") for name in world.done)
+    work.join(60)
+    alone = run(tmp_path / "out")
+    assert tables == [alone] and max(Counter(world.done).values()) == 1
+    assert [point["method"] for point in alone["points"]][3::4] == ["dpo", "dpo", "sft"], "in the order of the plan"
 
 
 def test_the_reference_is_best_of_one_and_is_measured_alone_without_best_of_n(world: World, tmp_path: Path) -> None:

