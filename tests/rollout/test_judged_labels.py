@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from prefopt.core.errors import ConfigError, DataError
 from prefopt.data.shapes import load_groups
-from prefopt.rollout.constitution import Principle
 from prefopt.rollout.judges.asked import PairwiseJudge
 from prefopt.rollout.judges.chat import Answer, Conversation, Usage
 from prefopt.rollout.judges.labelling import label_with_judge
 from prefopt.rollout.judges.load import load_judge
 from prefopt.rollout.judges.templates import load_template
 from prefopt.rollout.judges.verdict import Verdict, winner_of
+from prefopt.rollout.principles import Principle
 from prefopt.rollout.prompts import Given
 
 ROWS = [{"prompt": "p", "responses": ["a", "bb", "ccc"]}, {"prompt": "q", "responses": ["xx", "y"]}]

@@ -17,7 +17,6 @@ from prefopt.data.encode import encode_groups
 from prefopt.data.shapes import load_groups
 from prefopt.model.load import load_model
 from prefopt.pipeline import train_run
-from prefopt.rollout.constitution import read_constitution
 from prefopt.rollout.judges.answers import AnswerStore
 from prefopt.rollout.judges.asked import PairwiseJudge, PointwiseJudge
 from prefopt.rollout.judges.chat import Answer, Conversation, Usage
@@ -26,6 +25,7 @@ from prefopt.rollout.judges.local import LetterJudge, LocalChat
 from prefopt.rollout.judges.scores import RewardJudge
 from prefopt.rollout.judges.settings import JudgeSettings, judge_settings, settings_table
 from prefopt.rollout.judges.templates import JudgeTemplate, load_template
+from prefopt.rollout.principles import read_constitution
 from prefopt.rollout.rewards import load_reward
 from prefopt.rollout.sample import sample
 from train.tiny_runs import preference_rows, tiny_config, write_model

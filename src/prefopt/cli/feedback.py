@@ -13,7 +13,7 @@ from prefopt.cli.data import JsonOption
 
 JudgeOption = Annotated[
     str | None,
-    typer.Option("--judge", help="Who prefers: reward:NAME, implicit:RUN, local:MODEL, or endpoint:MODEL@URL."),
+    typer.Option("--judge", help="Who prefers: reward:NAME, implicit:RUN, local:MODEL, contrast:MODEL, or endpoint:MODEL@URL."),
 ]
 JudgeTemplateOption = Annotated[
     str | None, typer.Option(help="What a local or endpoint judge is asked: pairwise, pointwise, or a Jinja file.")
@@ -98,10 +98,10 @@ def revise(
     """Make demonstrations: a model criticises a response by a principle and revises it (Constitutional AI)."""
     from prefopt.core.files import check_writable
     from prefopt.core.progress import say, set_quiet
-    from prefopt.rollout.constitution import read_constitution
     from prefopt.rollout.constitution import revise as revised
     from prefopt.rollout.judges.load import load_chat
     from prefopt.rollout.judges.settings import judge_settings
+    from prefopt.rollout.principles import read_constitution
     from prefopt.rollout.prompts import read_prompts
     from prefopt.rollout.sample import read_samples
 
@@ -145,12 +145,13 @@ def _judged(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows by a judge, and the summary of the command."""
     from prefopt.core.progress import say
-    from prefopt.rollout.constitution import comparing, read_constitution
     from prefopt.rollout.judges.labelling import label_with_judge
     from prefopt.rollout.judges.load import load_judge
     from prefopt.rollout.judges.settings import judge_settings
+    from prefopt.rollout.principles import comparing, contrasting, read_constitution
 
-    principles = comparing(read_constitution(constitution), constitution) if constitution is not None else ()
+    suitable = contrasting if name.startswith("contrast:") else comparing
+    principles = suitable(read_constitution(constitution), constitution) if constitution is not None else ()
     judge = load_judge(name, template=template, settings=judge_settings(settings), by_principles=bool(principles))
     result = label_with_judge(rows, judge, principles=principles, **options)
     usage = _usage(judge)

@@ -8,6 +8,7 @@ from typing import TypeVar
 from prefopt.rollout.judges.chat import Answer, ChatModel, Conversation
 from prefopt.rollout.judges.templates import JudgeTemplate, read_score, read_verdict
 from prefopt.rollout.judges.verdict import Verdict, winner_of
+from prefopt.rollout.principles import Principle
 from prefopt.rollout.prompts import Given
 
 Read = TypeVar("Read")
@@ -25,9 +26,9 @@ class PairwiseJudge:
         self.template = template
 
     def compare(
-        self, prompts: Sequence[Given], first: Sequence[str], second: Sequence[str], *, principles: Sequence[str] = ()
+        self, prompts: Sequence[Given], first: Sequence[str], second: Sequence[str], *, principles: Sequence[Principle] = ()
     ) -> list[Verdict]:
-        """See `prefopt.rollout.judges.verdict.Judge`. `principles`: the question by which to go, one a comparison."""
+        """See `prefopt.rollout.judges.verdict.Judge`. `principles`: by whose question to go, one a comparison."""
         questions = comparisons(self.template, prompts, first, second, principles)
         answers = self.model.answer([in_words(question) for question in questions], unit="comparisons")
         return [Verdict(_whole(answer, read_verdict), answer.text) for answer in answers]
@@ -49,10 +50,10 @@ class PointwiseJudge:
         self.tolerance = tolerance
 
     def compare(
-        self, prompts: Sequence[Given], first: Sequence[str], second: Sequence[str], *, principles: Sequence[str] = ()
+        self, prompts: Sequence[Given], first: Sequence[str], second: Sequence[str], *, principles: Sequence[Principle] = ()
     ) -> list[Verdict]:
-        """See `prefopt.rollout.judges.verdict.Judge`. `principles`: the question by which to go, one a comparison."""
-        by = list(principles) or [""] * len(prompts)
+        """See `prefopt.rollout.judges.verdict.Judge`. `principles`: by whose question to go, one a comparison."""
+        by = [principle.compare for principle in principles] or [""] * len(prompts)
         questions = [
             self.template.marking(prompt, response, principle=principle)
             for prompt, one, other, principle in zip(prompts, first, second, by, strict=True)
@@ -72,10 +73,14 @@ class PointwiseJudge:
 
 
 def comparisons(
-    template: JudgeTemplate, prompts: Sequence[Given], first: Sequence[str], second: Sequence[str], principles: Sequence[str]
+    template: JudgeTemplate,
+    prompts: Sequence[Given],
+    first: Sequence[str],
+    second: Sequence[str],
+    principles: Sequence[Principle],
 ) -> list[str]:
     """The question of each comparison."""
-    by = list(principles) or [""] * len(prompts)
+    by = [principle.compare for principle in principles] or [""] * len(prompts)
     return [
         template.comparison(prompt, one, other, principle=principle)
         for prompt, one, other, principle in zip(prompts, first, second, by, strict=True)

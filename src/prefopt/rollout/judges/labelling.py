@@ -12,10 +12,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from prefopt.core.errors import ConfigError
-from prefopt.rollout.constitution import Principle
 from prefopt.rollout.judges.templates import check_takes_principles
 from prefopt.rollout.judges.verdict import Judge, Verdict, mirrored, sees_order, winner_of
 from prefopt.rollout.label import as_prompt_is, usable_responses
+from prefopt.rollout.principles import Principle
 from prefopt.rollout.prompts import Given
 
 Orders = Literal["agree", "mean"]
@@ -66,7 +66,7 @@ def label_with_judge(
     a row is made where both name the same response; all else is counted. With `orders` "mean", for a judge that gives
     log-probs, the mean margin of both orders decides instead: a taste for a place, which adds the same to both margins,
     cancels, as with small models whose taste is stronger than their judgement. With `principles` (see
-    `prefopt.rollout.constitution`) each pair is judged by one of them, drawn with `seed` for this pair, and its row says
+    `prefopt.rollout.principles`) each pair is judged by one of them, drawn with `seed` for this pair, and its row says
     which in `principle`. Where the judge gives log-probs or scores, `margin` is the mean margin of both orders; where it
     gives log-probs, `probability` is the sigmoid of that, which the loss soft_dpo can use. DataError as of
     `prefopt.rollout.label.label`.
@@ -80,7 +80,7 @@ def label_with_judge(
             f'orders: "{orders}" does not go with the judge {judge.name}',
             todo="agree is for every judge; mean for a local one that gives log-probs (the judge setting verdict_by=letters).",
         )
-    if principles:
+    if principles and not getattr(judge, "contrasts", False):
         check_takes_principles(judge.name, getattr(judge, "template", None))
     skipped: Counter[str] = Counter()
     pairs = _pairs(rows, principles, pairs_per_prompt, seed, skipped)
@@ -140,7 +140,7 @@ def _both_orders(judge: Judge, pairs: Sequence[_Pair]) -> tuple[list[Verdict], l
     """Verdicts with `one` shown first, and with `other` shown first, asked for in one call."""
     prompts = [pair.prompt for pair in pairs]
     ones, others = [pair.one for pair in pairs], [pair.other for pair in pairs]
-    by = [pair.principle.compare for pair in pairs if pair.principle is not None]
+    by = [pair.principle for pair in pairs if pair.principle is not None]
     ask: Any = judge.compare
     named = {"principles": by} if by else {}
     if not sees_order(judge):

@@ -17,6 +17,7 @@ KINDS = {
     "reward": "reward:NAME: any reward, as of prefopt label --reward",
     "implicit": "implicit:RUN: beta * log(policy / reference) of a run",
     "local": "local:MODEL: a local model that is asked in words",
+    "contrast": "contrast:MODEL: how likely a local model is to write each response when told to keep to a principle, and to break it",
     "endpoint": "endpoint:MODEL@URL: an OpenAI-compatible chat endpoint, at http://HOST:PORT/v1 for one",
 }
 
@@ -29,11 +30,11 @@ def load_judge(
     tolerance: float | None = None,
     by_principles: bool = False,
 ) -> Judge:
-    """The judge `name`: reward:NAME, implicit:RUN, local:MODEL or endpoint:MODEL@URL.
+    """The judge `name`: reward:NAME, implicit:RUN, local:MODEL, contrast:MODEL or endpoint:MODEL@URL.
 
     `template`: what a local model or an endpoint is asked: pairwise (the default), pointwise, or a Jinja file (see
     `load_template`). `settings`: see `JudgeSettings`. `tolerance` is the setting of this name, for who has no others.
-    `by_principles`: refuse a judge that cannot go by a principle.
+    `by_principles`: principles are to be gone by; refuse a judge that cannot, without them one that cannot do else.
     ConfigError, before any model is loaded, for an unknown kind and for what does not apply to it.
     """
     kind, target = kind_and_target(name, tuple(KINDS))
@@ -41,12 +42,14 @@ def load_judge(
     if tolerance is not None:
         settings = JudgeSettings.model_validate(settings.model_dump(exclude_unset=True) | {"tolerance": tolerance})
     check_settings_of(kind, settings)
+    if kind in ("reward", "implicit", "contrast") and template is not None:
+        raise ConfigError(
+            f'judge: "{name}" gives a number and is asked nothing, so a template does not apply',
+            todo="Remove the template, or use a judge local:MODEL or endpoint:MODEL@URL.",
+        )
+    if kind == "contrast":
+        return _contrast(name, target, settings, by_principles)
     if kind in ("reward", "implicit"):
-        if template is not None:
-            raise ConfigError(
-                f'judge: "{name}" gives a number and is asked nothing, so a template does not apply',
-                todo="Remove the template, or use a judge local:MODEL or endpoint:MODEL@URL.",
-            )
         if by_principles:
             check_takes_principles(name, None)
         reward = load_reward(target if kind == "reward" else name)
@@ -87,6 +90,18 @@ def kind_and_target(name: str, kinds: tuple[str, ...]) -> tuple[str, str]:
     if not sign or not target:
         raise ConfigError(f'judge: "{name}" names no {kind}', todo=f"{KINDS[kind]}.")
     return kind, target
+
+
+def _contrast(name: str, target: str, settings: JudgeSettings, by_principles: bool) -> Judge:
+    if not by_principles:
+        raise ConfigError(
+            f'judge: "{name}" compares by principles, and there are none',
+            todo="Give prefopt label --constitution with principles that have follow and violate.",
+        )
+    from prefopt.model.load import load_model
+    from prefopt.rollout.judges.contrast import ContrastJudge
+
+    return ContrastJudge(load_model(target), settings, name=name)
 
 
 def _chat(kind: str, target: str, settings: JudgeSettings) -> ChatModel:

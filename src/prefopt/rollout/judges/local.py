@@ -12,17 +12,16 @@ from prefopt.data.encode import Ids, encode_groups
 from prefopt.data.groups import Feedback, Group, GroupSet, Turn
 from prefopt.data.tokens import TokenGroup
 from prefopt.model.engine import LanguageModel
-from prefopt.model.reference import response_keys
 from prefopt.rollout.judges.answers import AnswerStore, Request, key_of
 from prefopt.rollout.judges.asked import comparisons, in_words
 from prefopt.rollout.judges.chat import TOO_LONG, Answer, Conversation, Usage, without_room
+from prefopt.rollout.judges.logps import BATCHES_KEPT_TOGETHER, kept_logps
 from prefopt.rollout.judges.settings import JudgeSettings
 from prefopt.rollout.judges.templates import JudgeTemplate
 from prefopt.rollout.judges.verdict import Verdict, winner_of
+from prefopt.rollout.principles import Principle
 from prefopt.rollout.prompts import Given, Prompt, as_prompt
 from prefopt.rollout.sample import sample, tokens_of
-
-_BATCHES_KEPT_TOGETHER = 4  # a run that is killed loses at most the answers of so many batches
 
 
 class LocalChat:
@@ -61,7 +60,7 @@ class LocalChat:
         if missing:
             self._store.check()
             with progress(f"asking {self.model.name}", len(missing), unit) as shown:
-                together = _BATCHES_KEPT_TOGETHER * self.settings.batch_size
+                together = BATCHES_KEPT_TOGETHER * self.settings.batch_size
                 for at in range(0, len(missing), together):
                     found |= self._asked(missing[at : at + together])
                     shown.advance(len(missing[at : at + together]))
@@ -135,7 +134,7 @@ class LetterJudge:
         self._store = store or AnswerStore()
 
     def compare(
-        self, prompts: Sequence[Given], first: Sequence[str], second: Sequence[str], *, principles: Sequence[str] = ()
+        self, prompts: Sequence[Given], first: Sequence[str], second: Sequence[str], *, principles: Sequence[Principle] = ()
     ) -> list[Verdict]:
         """See `prefopt.rollout.judges.verdict.Judge`. `principles`: the question by which to go, one a comparison.
 
@@ -153,30 +152,11 @@ class LetterJudge:
 
     def _margins(self, questions: Sequence[str]) -> dict[str, float]:
         by_question = self._groups(list(dict.fromkeys(questions)))
-        unique, groups = list(by_question), list(by_question.values())
-        requests = [self._request(group) for group in groups]
-        found: dict[str, float] = {}
-        for question, request in zip(unique, requests, strict=True):
-            kept = self._store.get(request)
-            if kept is not None:
-                found[question] = float(kept["logps"][0]) - float(kept["logps"][1])
+        scored = kept_logps(self.model, list(by_question.values()), self._store, batch_size=self.settings.batch_size)
+        found = {question: one.logps[0] - one.logps[1] for question, one in zip(by_question, scored, strict=True)}
+        cached = {question for question, one in zip(by_question, scored, strict=True) if one.cached}
         self.usage.answers += len(questions)
-        self.usage.cached += sum(question in found for question in questions)
-        missing = [number for number, question in enumerate(unique) if question not in found]
-        if not missing:
-            return found
-        self._store.check()
-        together = _BATCHES_KEPT_TOGETHER * self.settings.batch_size
-        with progress(f"asking {self.model.name}", len(missing), "comparisons") as shown:
-            for at in range(0, len(missing), together):
-                part = missing[at : at + together]
-                with silence():
-                    scored = self.model.score([groups[number] for number in part])
-                for number, (a, b) in zip(part, scored, strict=True):
-                    logps = [float(a.sum()), float(b.sum())]
-                    self._store.put(requests[number], {"logps": logps})
-                    found[unique[number]] = logps[0] - logps[1]
-                shown.advance(len(part))
+        self.usage.cached += sum(question in cached for question in questions)
         return found
 
     def _groups(self, questions: Sequence[str]) -> dict[str, TokenGroup]:
@@ -197,10 +177,6 @@ class LetterJudge:
             for question, group in zip(questions, tokens.groups, strict=True)
             if len(group.prompt_ids) + max(map(len, group.response_ids)) <= context
         }
-
-    def _request(self, group: TokenGroup) -> Request:
-        verdicts = [key.hex() for key in response_keys(group)]
-        return {"weights": self.model.identity, "numerics": self.model.numerics, "verdicts": verdicts}
 
 
 def given_to(model: LanguageModel, conversation: Conversation) -> Given:

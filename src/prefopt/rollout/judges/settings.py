@@ -24,7 +24,9 @@ class JudgeSettings(Section):
     temperature: float | None = Field(0.0, ge=0, description="0 is greedy; null leaves it to the endpoint.")
     max_answer_tokens: int = Field(512, ge=1, description="Longest answer.")
     seed: int | None = Field(None, description="Of sampling; an endpoint is told it where it is given.")
-    batch_size: int = Field(16, ge=1, description="local: answers in progress at once.")
+    batch_size: int = Field(
+        16, ge=1, description="local: answers in progress at once; contrast: comparisons kept on disk together, by fours."
+    )
     concurrency: int = Field(8, ge=1, le=256, description="endpoint: requests in progress at once.")
     requests_per_minute: float | None = Field(None, gt=0, description="endpoint: at most so many requests a minute.")
     timeout_seconds: float = Field(120.0, gt=0, description="endpoint: longest time for one request.")
@@ -50,7 +52,13 @@ class JudgeSettings(Section):
 _OF_SCORES = ("tolerance",)
 _OF_LOCAL = ("tolerance", "verdict_by", "temperature", "max_answer_tokens", "seed", "batch_size")
 _OF_ENDPOINT = tuple(name for name in JudgeSettings.model_fields if name not in ("verdict_by", "batch_size"))
-SETTINGS_OF = {"reward": _OF_SCORES, "implicit": _OF_SCORES, "local": _OF_LOCAL, "endpoint": _OF_ENDPOINT}
+SETTINGS_OF = {
+    "reward": _OF_SCORES,
+    "implicit": _OF_SCORES,
+    "local": _OF_LOCAL,
+    "contrast": ("tolerance", "batch_size"),
+    "endpoint": _OF_ENDPOINT,
+}
 
 
 def judge_settings(given: Sequence[str] | Mapping[str, Any] = ()) -> JudgeSettings:
