@@ -28,7 +28,9 @@ def test_links_to_files_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-@pytest.mark.parametrize("recipe", sorted([*(ROOT / "recipes").glob("*.yaml"), *(ROOT / "examples").glob("*/recipe.yaml")]), ids=str)
+@pytest.mark.parametrize(
+    "recipe", sorted([*(ROOT / "recipes").glob("*.yaml"), *(ROOT / "examples").glob("*/recipe.yaml")]), ids=str
+)
 def test_recipe_resolves(recipe: Path) -> None:
     values = read_recipe(recipe)
     words = [] if "rollout" in values else ["data.train=rows.jsonl"]

@@ -155,6 +155,7 @@ def start_training(
         "objective": objective,
         "config": config.train,
         "data_seed": config.data.seed,
+        "by_prompt": config.data.by_prompt,
         "reference_is_initial": own_reference and kind != "none",
     }
     training = (

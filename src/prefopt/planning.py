@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefopt.core.config import RunConfig
+from prefopt.data.merge import merged
 from prefopt.data.tokens import lengths_of
 from prefopt.model.load import load_tokenizer, model_config, model_facts
 from prefopt.pipeline import prepare
@@ -55,10 +56,12 @@ def plan_run(config: RunConfig, *, total: int | None = None) -> RunPlan:
     passes = steps * config.train.groups_per_step / len(groups) if counted else config.train.epochs
     adapter = memory.trained if config.model.lora is not None else 0
     head = not config.loss.facts[0].trains_reward_model
-    tokens = lengths_of(groups).unique_G
-    looked_at = range(0, len(groups), max(1, len(groups) // _ROWS_LOOKED_AT))  # one row more or less changes nothing
+    computed = merged(groups).groups if config.data.by_prompt else groups
+    tokens = lengths_of(computed).unique_G
+    looked_at = range(0, len(computed), max(1, len(computed) // _ROWS_LOOKED_AT))  # one row more or less changes nothing
     share = float(tokens[looked_at].sum() / tokens.sum())
-    flops = training_flops(architecture, memory.weights, [groups[at] for at in looked_at], adapter=adapter, head=head) / share
+    some = [computed[at] for at in looked_at]
+    flops = training_flops(architecture, memory.weights, some, adapter=adapter, head=head) / share
     return RunPlan(
         rows=rows,
         machine=machine,

@@ -12,7 +12,10 @@ import torch
 from prefopt.core.losses.table import LOSSES, resolve_parts
 from prefopt.core.resolve import resolve_config
 from prefopt.data.encode import TokenGroup
+from prefopt.data.merge import Merged, merged
+from prefopt.model import engine
 from prefopt.objective.apply import Objective
+from prefopt.train import gradients
 from train.rows_of_kinds import SINGLE, VARIANTS, Row, rows_for, title
 from train.tiny_objectives import Models, assert_same_gradients, run, step_of
 
@@ -66,6 +69,27 @@ def test_a_step_is_the_same_in_one_micro_batch_and_in_many(models: Models, secti
         np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-4, atol=2e-5)
         np.testing.assert_allclose(ours.reward, theirs.reward, rtol=1e-4, atol=1e-4)
         assert_same_gradients(one, many)
+
+
+@CASES
+def test_rows_with_one_prompt_are_as_if_each_were_computed_alone(
+    models: Models, section: Row, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_for(section, kind)
+    shared = [{**row, "prompt": rows[place - place % 3]["prompt"]} for place, row in enumerate(rows)]
+    first, second = (models.training(section, shared) for _ in range(2))
+    groups = [first.groups[place] for place in range(min(8, len(first.groups)))]
+    # the order of equal responses, by which lambda weighs, is one of rounding where each is computed
+    groups = [one for one in groups if len({ids.tobytes() for ids in one.response_ids}) == len(one.response_ids)]
+    assert merged(groups).response_S is not None
+    ours, one = step_of(first, groups)
+    for module in (gradients, engine):
+        monkeypatch.setattr(module, "merged", lambda groups: Merged(tuple(groups), None))
+    theirs, other = step_of(second, groups)
+    assert_same_values(ours, theirs)
+    np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-4, atol=2e-5)
+    np.testing.assert_allclose(ours.logp, theirs.logp, rtol=1e-5, atol=1e-4)
+    assert_same_gradients(one, other)
 
 
 @pytest.mark.parametrize(("section", "kind"), [case for case in ALL if not compares_distributions(case[0])], ids=title)

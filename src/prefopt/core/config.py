@@ -110,6 +110,12 @@ class DataConfig(Section):
         "drop", description="What happens to rows that cannot be used; always counted."
     )
     seed: int = Field(0, description="Seed of the order of rows and of the held-out draw.")
+    by_prompt: bool = Field(
+        False,
+        description="Rows with the same prompt come one after the other, prompts in random order, so that a step computes each"
+        " response once that several of its rows have: for all pairs of K sampled responses a third of the work at K = 4"
+        " (as arXiv 2203.02155 section 3.5 trains on all pairs of a prompt at once).",
+    )
 
 
 class LossConfig(BaseModel):

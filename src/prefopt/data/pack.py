@@ -16,25 +16,47 @@ def total_steps(groups: int, *, epochs: float, groups_per_step: int, max_steps: 
 
 
 def groups_of_step(
-    step: int, *, groups: int, groups_per_step: int, total_groups: int, seed: int, strata: Sequence[int] | None = None
+    step: int,
+    *,
+    groups: int,
+    groups_per_step: int,
+    total_groups: int,
+    seed: int,
+    strata: Sequence[int] | None = None,
+    together: NDArray[np.int64] | None = None,
 ) -> list[int]:
     """Indices of the groups of optimizer step `step` (from 0), drawn without replacement within each epoch.
 
     A function of its arguments alone, so that a resumed run sees the same groups as an unbroken one. `total_groups`
     bounds the last step of a run that is measured in epochs. With `strata`, a number for each group, every epoch spreads
     the groups of each number evenly, so that each step holds them in nearly their proportion (`_spread` says how nearly).
+    With `together`, numbers from 0 on, groups of the same number follow each other in every epoch.
     """
     first = step * groups_per_step
     wanted = range(first, min(first + groups_per_step, total_groups))
-    orders = {epoch: _order(groups, seed, epoch, strata) for epoch in {place // groups for place in wanted}}
+    orders = {epoch: _order(groups, seed, epoch, strata, together) for epoch in {place // groups for place in wanted}}
     return [int(orders[place // groups][place % groups]) for place in wanted]
 
 
-def _order(groups: int, seed: int, epoch: int, strata: Sequence[int] | None) -> NDArray[np.int64]:
-    if strata is None:
+def _order(
+    groups: int, seed: int, epoch: int, strata: Sequence[int] | None, together: NDArray[np.int64] | None
+) -> NDArray[np.int64]:
+    if strata is None and together is None:
         return _shuffled(groups, seed, epoch)
     random = np.random.default_rng((seed, epoch))
+    if together is not None:
+        return in_order_of(together, random)
+    assert strata is not None
     return _spread(random.permutation(groups), strata, random)
+
+
+def in_order_of(together: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.int64]:
+    """Places of `together`, numbers from 0 on, so that equal numbers follow each other: numbers in random order, and the
+    places of each. Without equal numbers it is a permutation as any other."""
+    if len(np.unique(together)) == len(together):
+        return random.permutation(len(together))
+    place = random.permutation(int(together.max()) + 1)
+    return np.lexsort((random.random(len(together)), place[together]))
 
 
 @lru_cache(maxsize=2)  # the steps of an epoch ask for the same order, and one step may lie in two epochs

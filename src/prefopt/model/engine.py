@@ -21,13 +21,14 @@ from prefopt.core.files import digest_of
 from prefopt.core.progress import progress, say
 from prefopt.data.encode import TokenGroup
 from prefopt.data.groups import Feedback
-from prefopt.data.pack import micro_batches
+from prefopt.data.merge import merged, merged_batches
 from prefopt.model import attention
 from prefopt.model.batch import Batch, packed_batch, padded_batch
 from prefopt.model.fused import FusedModules, fuse
 from prefopt.model.head import Head, head_of
 from prefopt.model.layout import in_force, wanted_backend
 from prefopt.model.recompute import recompute_contexts
+from prefopt.model.transfer import to_device
 
 if TYPE_CHECKING:
     from prefopt.model.adapters import Adapter
@@ -56,6 +57,14 @@ class TokenStatistics:
     log_square_N: Tensor | None
     kl_N: Tensor | None
     value_N: Tensor | None = None
+
+    def taken(self, token_N: NDArray[np.int64] | None) -> TokenStatistics:
+        """Those of the tokens `token_N`, which may come several times; all as they are where it is None."""
+        if token_N is None:
+            return self
+        at = to_device(token_N, self.logp_N.device)
+        parts = (self.logp_N, self.log_square_N, self.kl_N, self.value_N)
+        return TokenStatistics(*(None if part is None else part[at] for part in parts))  # type: ignore[arg-type]
 
 
 class LanguageModel:
@@ -281,13 +290,17 @@ class LanguageModel:
         was_training = self.model.training
         self.model.eval()
         with progress(title or "scoring", sum(lengths), "tokens") as bar:
-            for members in micro_batches(lengths, budget_tokens=micro_batch_tokens):
+            for members in merged_batches(groups, self.computed_tokens, budget_tokens=micro_batch_tokens):
                 chosen = [groups[place] for place in members]
-                found = compute(self.batch(chosen))
+                unique = merged(chosen)
+                token_N = unique.token_N
+                found = [values.cpu().numpy() for values in compute(self.batch(unique.groups))]
+                if token_N is not None:
+                    found = [values[token_N] for values in found]
                 results = results or [[()] * len(groups) for _ in found]
                 counts = [int(flags.sum()) for group in chosen for flags in group.scored]
                 for result, values in zip(results, found, strict=True):
-                    pieces = iter(np.split(values.cpu().numpy(), np.cumsum(counts)[:-1]))
+                    pieces = iter(np.split(values, np.cumsum(counts)[:-1]))
                     for place, group in zip(members, chosen, strict=True):
                         result[place] = tuple(next(pieces) for _ in group.scored)
                 bar.advance(sum(lengths[place] for place in members))

@@ -19,7 +19,7 @@ from torch import Tensor
 from prefopt.core.errors import DataError, ModelError
 from prefopt.core.progress import progress
 from prefopt.data.encode import TokenGroup
-from prefopt.data.pack import micro_batches
+from prefopt.data.merge import merged, merged_batches
 from prefopt.model.batch import Batch, padded_batch
 from prefopt.model.engine import TOLERANCE, LanguageModel, TokenStatistics, probe_group
 
@@ -95,10 +95,13 @@ class RewardModel(LanguageModel):
         was_training = self.model.training
         self.model.eval()
         with progress(title or "scoring", sum(lengths), "tokens") as bar:
-            for members in micro_batches(lengths, budget_tokens=micro_batch_tokens):
-                batch = self.batch([groups[place] for place in members])
-                values = self.scores(batch).cpu().numpy()
-                pieces = np.split(values, np.cumsum(batch.responses_per_group)[:-1])
+            for members in merged_batches(groups, self.computed_tokens, budget_tokens=micro_batch_tokens):
+                chosen = [groups[place] for place in members]
+                unique = merged(chosen)
+                values = self.scores(self.batch(unique.groups)).cpu().numpy()
+                if unique.response_S is not None:
+                    values = values[unique.response_S]
+                pieces = np.split(values, np.cumsum([len(group.response_ids) for group in chosen])[:-1])
                 for place, piece in zip(members, pieces, strict=True):
                     results[place] = piece
                 bar.advance(sum(lengths[place] for place in members))

@@ -147,13 +147,14 @@ def identities(training: Training) -> dict[str, Any]:
         "groups_per_step": training.config.groups_per_step,
         "loss": training.objective.described(),
         **({"optimizer": training.config.optimizer} if other else {}),
+        **({"by_prompt": True} if training.by_prompt else {}),
         **lora,
     }
 
 
 def _changed(was: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
     """The first identity that differs, with its two values; of an adapter, the option that does."""
-    optional = {"lora": None, "optimizer": "adamw"}  # what stands for it where it is not written down
+    optional = {"lora": None, "optimizer": "adamw", "by_prompt": False}  # what stands for it where it is not written down
     for name in dict.fromkeys([*now, *(name for name in optional if name in was)]):
         old, new = (given.get(name, optional.get(name)) for given in (was, now))
         if old == new:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prefopt.core import progress
 from prefopt.data.encode import TokenGroup
-from prefopt.data.pack import micro_batches
+from prefopt.data.merge import merged, merged_batches
 from prefopt.model.engine import LanguageModel
 from prefopt.model.reference import Reference
 from prefopt.model.reward_model import RewardModel
@@ -69,7 +69,7 @@ class Gradients:
         return self._values(groups, [[place for cut in cuts for place in cut]], [outcome], mismatch)
 
     def _cut(self, groups: Sequence[TokenGroup], budget_tokens: int) -> list[list[int]]:
-        return micro_batches([self.policy.computed_tokens(group) for group in groups], budget_tokens=budget_tokens)
+        return merged_batches(groups, self.policy.computed_tokens, budget_tokens=budget_tokens)
 
     def _through_micro_batch(
         self, groups: Sequence[TokenGroup], totals: Sequence[float], mismatch: float | None, number: int
@@ -105,12 +105,17 @@ class Gradients:
         if self.objective.needs_reference:  # first: a live one needs memory that the policy's activations then take
             flat = np.concatenate([values for group in self.reference.of(groups) for values in group])
             reference_N = to_device(flat, self.policy.device)
-        batch = self.policy.batch(groups)
+        unique = merged(groups)
+        batch = self.policy.batch(unique.groups)
         if self.reseed is not None and number is not None:
             self.reseed(number)
+        response_N = batch.response_N if unique.response_S is None else _response_of_tokens(groups, batch.response_N.device)
         if isinstance(self.policy, RewardModel):
-            unknown_N = torch.full(batch.target_N.shape, torch.nan, device=batch.target_N.device)
-            return measured(groups, batch.response_N, unknown_N, score_S=self.policy.scores(batch))
+            unknown_N = torch.full(response_N.shape, torch.nan, device=response_N.device)
+            score_S = self.policy.scores(batch)
+            if unique.response_S is not None:
+                score_S = score_S[to_device(unique.response_S, score_S.device)]
+            return measured(groups, response_N, unknown_N, score_S=score_S)
         live = self.reference.model if self.objective.needs_token_kl else None
         said = self.policy.token_statistics(
             batch,
@@ -118,10 +123,10 @@ class Gradients:
             values=self.objective.needs_value_head,
             reference=live,
             reference_scope=self.reference.scope() if live is not None else None,
-        )
+        ).taken(unique.token_N)
         return measured(
             groups,
-            batch.response_N,
+            response_N,
             said.logp_N,
             reference_N=reference_N,
             log_square_N=said.log_square_N,
@@ -186,3 +191,9 @@ class Gradients:
             statistics=statistics,
             compares=not self.objective.needs_samples,
         )
+
+
+def _response_of_tokens(groups: Sequence[TokenGroup], device: torch.device) -> Tensor:
+    """The response of each scored token, counted over `groups`."""
+    counts = [int(flags.sum()) for group in groups for flags in group.scored]
+    return to_device(np.repeat(np.arange(len(counts)), counts), device)

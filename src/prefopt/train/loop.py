@@ -14,11 +14,13 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from prefopt.core.config import TrainConfig
 from prefopt.core.errors import TrainingError
 from prefopt.core.progress import say
 from prefopt.data.encode import TokenGroup
+from prefopt.data.merge import merged, prompt_numbers
 from prefopt.data.pack import groups_of_step, total_steps
 from prefopt.data.tokens import feedbacks_of
 from prefopt.model.adapters import seed_dropout
@@ -62,6 +64,7 @@ class Training:
     step: int = 0
     num_tokens: int = 0
     micro_batch_tokens: int = field(init=False)
+    by_prompt: bool = False  # data.by_prompt
     matmul_flops: float | None = None  # operations a second of a matrix product here, for the MFU of each step
 
     def __post_init__(self) -> None:
@@ -97,6 +100,11 @@ class Training:
             return None
         return [int(bool(feedback.label)) for feedback in feedbacks]
 
+    @cached_property
+    def _together(self) -> NDArray[np.int64] | None:
+        """The prompt of each row by number, where rows with the same prompt follow each other."""
+        return prompt_numbers(self.groups) if self.by_prompt else None
+
     def epoch_at(self, step: int) -> float:
         """Passes over the rows that are made behind optimizer step `step`."""
         return min(step * self.config.groups_per_step, self._total_groups) / len(self.groups)
@@ -116,6 +124,7 @@ class Training:
             total_groups=self._total_groups,
             seed=self.data_seed,
             strata=self._strata,
+            together=self._together,
         )
         return [self.groups[place] for place in places]
 
@@ -136,7 +145,8 @@ class Training:
         self._check_finite(values, grad_norm)
         lr = learning_rate(self.step, total=self.total_steps, config=self.config)
         self.optimizer.step(lr)
-        tokens = sum(group.unique_tokens for group in groups)
+        computed = merged(groups).groups
+        tokens = sum(group.unique_tokens for group in computed)
         self.step += 1
         if isinstance(self.reference, MovingReference) and self.reference.follow(self.step, self.optimizer.masters):
             self.reference_is_initial = False
@@ -152,7 +162,7 @@ class Training:
             tokens=tokens,
             num_tokens=self.num_tokens,
             reference_is_initial=self.reference_is_initial,
-            mfu=self.flops_of(groups) / seconds / self.matmul_flops if self.matmul_flops else None,
+            mfu=self.flops_of(computed) / seconds / self.matmul_flops if self.matmul_flops else None,
         )
 
     def flops_of(self, groups: Sequence[TokenGroup]) -> float:

@@ -15,8 +15,9 @@ import torch
 from prefopt.core.errors import TrainingError
 from prefopt.core.files import digest
 from prefopt.core.progress import say
+from prefopt.data.merge import prompt_numbers
 from prefopt.data.mismatch import with_mismatched
-from prefopt.data.pack import groups_of_step
+from prefopt.data.pack import groups_of_step, in_order_of
 from prefopt.data.tokens import TokenGroup
 from prefopt.model.allocator import release_freed_memory
 from prefopt.rollout.experience import Learning, Round, make_round
@@ -170,7 +171,8 @@ class OnlineTraining(Training):
         if self.objective.needs_mismatched:
             groups = with_mismatched(groups, seed=self.data_seed)
         random = np.random.default_rng([self.data_seed, _STREAM, number, 1])
-        order = np.concatenate([random.permutation(len(groups)) for _ in range(settings.epochs_per_round)])
+        together = prompt_numbers(groups) if self.by_prompt else np.arange(len(groups))
+        order = np.concatenate([in_order_of(together, random) for _ in range(settings.epochs_per_round)])
         repeats = -(-self.steps_per_round // len(order))  # more steps than groups: some are seen again
         return [
             [groups[place] for place in part.tolist()] for part in np.array_split(np.tile(order, repeats), self.steps_per_round)
