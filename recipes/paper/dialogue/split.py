@@ -24,8 +24,9 @@ from prefopt.data.groups import Group
 from prefopt.data.shapes import load_groups
 from prefopt.rollout.prompts import Prompt
 
-SHARES = {"policy": 0.5, "judge": 0.35, "held_out": 0.15}
-MOST_CHARACTERS = 800  # of a prompt: two cores are few
+SHARES = {"policy": 0.45, "judge": 0.45, "held_out": 0.1}
+MOST_CHARACTERS = 400  # of a prompt: two cores are few
+PROMPTS = 1200
 QUICK_ROWS = 120
 
 
@@ -73,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", help="preference rows, a file or a Hub dataset")
     parser.add_argument("--output", type=Path, required=True, help="folder of the parts")
-    parser.add_argument("--most", type=int, help="prompts of all parts together")
+    parser.add_argument("--most", type=int, default=PROMPTS, help="prompts of all parts together, at most; %(default)s")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROWS} prompts")
     args = parser.parse_args()
     check_writable(args.output)
