@@ -15,6 +15,7 @@ from prefopt.core.config import RunConfig
 from prefopt.core.errors import PrefoptError, TrainingError
 from prefopt.core.resolve import resolve_config
 from prefopt.core.run_folder import RunFolder
+from prefopt.data.merge import merged
 from prefopt.data.tokens import TokenGroup
 from prefopt.model.load import load_model
 from prefopt.online import prepare_prompts
@@ -212,6 +213,30 @@ def test_replayed_rounds_are_trained_on_again(tmp_path: Path) -> None:
     training.step = 4
     second = [group.response_ids[0].tobytes() for step in range(4, 8) for group in training.groups_of(step)]
     assert set(first) < set(second)
+
+
+def test_all_pairs_of_a_round_come_by_prompt_and_a_resumed_run_has_the_same_order(tmp_path: Path) -> None:
+    sections: dict[str, Any] = {
+        "loss": {"name": "dpo"},
+        "rollout": {"pairing": "all-pairs"},
+        "data": {"by_prompt": True},
+        "train": {"groups_per_step": 8, "save_every_steps": 1},
+    }
+    training = started(online_config(tmp_path, **sections))
+    steps = [training.groups_of(step) for step in range(training.steps_per_round)]
+    prompts = [group.prompt_ids.tobytes() for groups in steps for group in groups]
+    changes = sum(one != other for one, other in zip(prompts, prompts[1:], strict=False))
+    assert changes == len(set(prompts)) - 1 < len(prompts) - 1
+    assert sum(len(merged(groups).groups) for groups in steps) < len(prompts) / 2
+    parts = {"train": {**sections["train"], "output_dir": str(tmp_path / "cut")}}
+    cut = stop_after(2, online_config(tmp_path, **{**sections, **parts}))
+    train_run(online_config(tmp_path, **{**sections, **parts}), resume=True)
+    assert same_weights(
+        cut,
+        train_run(
+            online_config(tmp_path, **{**sections, "train": {**sections["train"], "output_dir": str(tmp_path / "whole")}})
+        ),
+    )
 
 
 def test_the_price_of_kl_is_carried_from_round_to_round(tmp_path: Path) -> None:
