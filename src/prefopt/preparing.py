@@ -20,7 +20,6 @@ from prefopt.data.suitable import suitable, unused_columns
 from prefopt.data.token_cache import cached_encoding
 from prefopt.data.tokens import TokenSet, feedbacks_of
 
-
 _ROWS_A_PROMPT = 1.5  # from which on it pays to keep rows of a prompt together
 
 
@@ -52,11 +51,9 @@ def prepare_rows(
         held_out = usable_held_out(held, config, tokenizer, context_tokens)
     for_loss = replace(full, bad=(*full.bad, *train.bad[len(fitted.bad) :]))  # with what the loss has no place for
     found = audit(groups, for_loss, budget=budget, on_overlong=data.on_overlong, against=held)
-    if not data.by_prompt and len(groups.groups) >= _ROWS_A_PROMPT * found["prompts"] > 0:
-        say(
-            f"{groups.name}: {len(groups.groups)} rows have {found['prompts']} prompts: data.by_prompt=true computes what"
-            " rows of a prompt share once"
-        )
+    rows, prompts = found["groups"], found["feedback"]["prompts"]
+    if not data.by_prompt and rows >= _ROWS_A_PROMPT * prompts > 0:
+        say(f"{groups.name}: {rows} rows have {prompts} prompts: data.by_prompt=true computes what rows of a prompt share once")
     return Prepared(groups, train, held_out, found)
 
 

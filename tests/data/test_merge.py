@@ -74,7 +74,9 @@ def test_all_pairs_of_four_responses_cost_a_third() -> None:
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.integers(0, 9))
 def test_rows_of_a_prompt_follow_each_other_in_every_epoch(prompts: list[int], seed: int) -> None:
     numbers = prompt_numbers([group([prompt], [([1], 0)]) for prompt in prompts])
-    assert [prompts.index(prompt) for prompt in prompts] == [prompts.index(prompts[list(numbers).index(n)]) for n in numbers]
+    assert sorted(set(numbers)) == list(range(len(set(prompts)))) and len(set(zip(prompts, numbers, strict=True))) == len(
+        set(prompts)
+    )
     count = len(prompts)
     for epoch in range(2):
         places = groups_of_step(epoch, groups=count, groups_per_step=count, total_groups=2 * count, seed=seed, together=numbers)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from prefopt import preparing
 from prefopt.core.config import TrainConfig
 from prefopt.core.errors import TrainingError
 from prefopt.data.encode import TokenGroup
@@ -20,7 +21,7 @@ from prefopt.train.gradients import Gradients
 from prefopt.train.loop import Training
 from prefopt.train.optimizer import learning_rate
 from train.tiny_objectives import run
-from train.tiny_runs import tiny_config, tiny_training, weights_of
+from train.tiny_runs import tiny_config, tiny_training, weights_of, write_rows
 
 
 def gradients(training: Training) -> dict[str, torch.Tensor]:
@@ -291,3 +292,27 @@ def test_no_graph_outlives_its_micro_batch(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Gradients, "_measure", watched)
     training.accumulate_gradients(training.groups_of(0))
     assert len(graphs) >= 3 and set(alive) == {0}
+
+
+def test_rows_that_share_prompts_are_pointed_out_and_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All pairs of three responses: a step of a prompt's rows computes and counts each response once."""
+    said: list[str] = []
+    monkeypatch.setattr(preparing, "say", said.append)
+    texts = ["It is calm", "It is bad and lost", "It shines"]
+    pairs = [(one, other) for one in texts for other in texts if one < other]
+    rows = [{"prompt": f"What of {n}?", "chosen": one, "rejected": other} for n in range(4) for one, other in pairs]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    apart = tiny_training(tiny_config(tmp_path, train={"groups_per_step": 3}))
+    assert any("12 rows have 4 prompts: data.by_prompt=true" in line for line in said)
+    said.clear()
+    together = tiny_training(tiny_config(tmp_path, train={"groups_per_step": 3}, data={"by_prompt": True}))
+    assert not any("by_prompt" in line for line in said)
+    groups = together.groups_of(1)
+    assert len({group.prompt_ids.tobytes() for group in groups}) == 1 < len({one.source for one in groups})
+    unique = len(groups[0].prompt_ids) + sum(
+        len(ids) for ids in {ids.tobytes(): ids for g in groups for ids in g.response_ids}.values()
+    )
+    assert together.train_step(groups).tokens == unique < sum(group.unique_tokens for group in groups)
+    assert sorted(group.source for step in range(4) for group in apart.groups_of(step)) == sorted(
+        group.source for step in range(4) for group in together.groups_of(step)
+    )

@@ -30,7 +30,7 @@ def audit(
 
     `tokens` are the same groups at full length, `budget` is (max_prompt_tokens, max_response_tokens). `groups` in the
     result counts the groups with token ids, before the budget. With `against` (the held-out rows, or the training rows of
-    held-out ones) `leakage` counts what is in both, compared character for character. `prompts` differ from each other.
+    held-out ones) `leakage` counts what is in both, compared character for character.
     """
     keys, leaked = GroupKeys.of(groups.groups), None
     if against is not None:
@@ -41,7 +41,6 @@ def audit(
         "shape": groups.shape,
         "rows": groups.rows,
         "groups": len(tokens.groups),
-        "prompts": len(np.unique(keys.prompt_G, axis=0)),
         "refused": _refused(list(dict.fromkeys((*groups.bad, *tokens.bad)))),
         "duplicates": duplicates(groups.groups, keys),
         "contradictions": contradictions(groups.groups, keys),

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from prefopt.data.groups import Feedback
 from prefopt.data.pack import micro_batches
-from prefopt.data.tokens import Flags, Ids, TokenGroup
+from prefopt.data.tokens import Flags, Ids, TokenGroup, prompt_digests
 
 Places = NDArray[np.int64]
 _UNJUDGED = Feedback("demonstration")
@@ -94,6 +94,5 @@ def _within(
 
 
 def prompt_numbers(groups: Sequence[TokenGroup]) -> Places:
-    """A number for each group, the same for groups with the same prompt, in the order in which prompts first come."""
-    known: dict[bytes, int] = {}
-    return np.array([known.setdefault(group.prompt_ids.tobytes(), len(known)) for group in groups], dtype=np.int64)
+    """A number from 0 on for each group, the same for groups with the same prompt. No group is made for it."""
+    return np.unique(np.array(prompt_digests(groups), dtype="S16"), return_inverse=True)[1]
