@@ -13,7 +13,7 @@ from prefopt.core.errors import ConfigError, DataError
 from prefopt.data.shapes import load_groups
 from prefopt.rollout.constitution import revise
 from prefopt.rollout.judges.chat import TOO_LONG, Answer, Conversation, Usage
-from prefopt.rollout.principles import Principle, comparing, read_constitution
+from prefopt.rollout.principles import Principle, read_constitution
 
 ROOT = Path(__file__).resolve().parents[2]
 THREE = tuple(Principle(name, f"critique {name}", f"revision {name}") for name in ("one", "two", "three"))
@@ -117,7 +117,7 @@ def test_what_gives_no_row_is_counted_by_its_reason(marker: str, reason: str) ->
 def test_the_shipped_constitution_has_five_principles_for_both_uses() -> None:
     path = ROOT / "recipes" / "ai-feedback" / "constitution.yaml"
     principles = read_constitution(path)
-    assert len(principles) == 5 == len(comparing(principles, path))
+    assert len(principles) == 5 == len(suited(principles, path))
     assert Counter(principle.name for principle in principles).most_common(1)[0][1] == 1
     assert all(principle.compare.endswith("?") for principle in principles)
 
@@ -147,6 +147,6 @@ def test_a_wrong_constitution_names_what_is_wrong(tmp_path: Path, text: str, sai
 
 def test_comparing_needs_a_question() -> None:
     with pytest.raises(ConfigError, match="no principle has compare"):
-        comparing(THREE, "mine.yaml")
+        suited(THREE, "mine.yaml")
     with pytest.raises(ConfigError, match="At least one"):
         revise(["p"], Writer(), THREE, rounds=0)

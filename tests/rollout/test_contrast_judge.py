@@ -17,7 +17,7 @@ from prefopt.rollout.judges.contrast import ContrastJudge
 from prefopt.rollout.judges.labelling import label_with_judge
 from prefopt.rollout.judges.load import load_judge
 from prefopt.rollout.judges.settings import JudgeSettings, judge_settings
-from prefopt.rollout.principles import Principle, comparing, contrasting, read_constitution
+from prefopt.rollout.principles import Principle, read_constitution, suited
 from train.tiny_runs import write_model
 
 KIND = Principle("kind", "c", "r", follow="Be kind.", violate="Be rude.")
@@ -110,7 +110,7 @@ def test_it_needs_principles_with_both_instructions(model_folder: Path, tmp_path
     with pytest.raises(ConfigError, match="compares by follow and violate"):
         judge.compare(["p"], ["a"], ["b"], principles=[Principle("bare", "c", "r", "Which?")])
     with pytest.raises(ConfigError, match="no principle has follow and violate"):
-        contrasting([Principle("bare", "c", "r", "Which?")], "file.yaml")
+        suited([Principle("bare", "c", "r", "Which?")], "file.yaml", contrast=True)
     half = tmp_path / "half.yaml"
     half.write_text("- {name: n, critique: c, revision: r, follow: f}\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="one of follow and violate is given"):
@@ -135,4 +135,4 @@ def test_the_example_has_five_principles_for_every_kind_of_judge() -> None:
     path = Path(__file__).resolve().parents[2] / "examples" / "constitution" / "constitution.yaml"
     principles = read_constitution(path)
     assert len(principles) == 5
-    assert contrasting(principles, path) == comparing(principles, path) == principles
+    assert suited(principles, path, contrast=True) == suited(principles, path) == principles

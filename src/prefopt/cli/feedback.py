@@ -148,10 +148,11 @@ def _judged(
     from prefopt.rollout.judges.labelling import label_with_judge
     from prefopt.rollout.judges.load import load_judge
     from prefopt.rollout.judges.settings import judge_settings
-    from prefopt.rollout.principles import comparing, contrasting, read_constitution
+    from prefopt.rollout.principles import read_constitution, suited
 
-    suitable = contrasting if name.startswith("contrast:") else comparing
-    principles = suitable(read_constitution(constitution), constitution) if constitution is not None else ()
+    principles: Sequence[Any] = ()
+    if constitution is not None:
+        principles = suited(read_constitution(constitution), constitution, contrast=name.startswith("contrast:"))
     judge = load_judge(name, template=template, settings=judge_settings(settings), by_principles=bool(principles))
     result = label_with_judge(rows, judge, principles=principles, **options)
     usage = _usage(judge)

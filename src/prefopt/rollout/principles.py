@@ -14,6 +14,14 @@ from prefopt.core.errors import ConfigError, nearest
 
 _NEEDED = ("name", "critique", "revision")
 _KEYS = (*_NEEDED, "compare", "follow", "violate")
+_COMPARING = (
+    "compare, the question by which two responses are compared",
+    'compare: "Which response is more honest about what it does not know?"',
+)
+_CONTRASTING = (
+    "follow and violate, under which a judge contrast:MODEL compares log-probs",
+    'follow: "You answer in short sentences." and violate: "You answer in long, winding sentences."',
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,25 +66,15 @@ def read_constitution(path: str | Path) -> tuple[Principle, ...]:
     return tuple(principles)
 
 
-def comparing(principles: Sequence[Principle], source: str | Path) -> tuple[Principle, ...]:
-    """The principles that say how to compare; ConfigError where none does."""
-    found = tuple(principle for principle in principles if principle.compare)
-    if not found:
-        raise ConfigError(
-            f"{source}: no principle has compare, the question by which two responses are compared",
-            todo='For example compare: "Which response is more honest about what it does not know?"',
-        )
-    return found
+def suited(principles: Sequence[Principle], source: str | Path, *, contrast: bool = False) -> tuple[Principle, ...]:
+    """The principles that say how to compare, with `contrast` those with instructions to keep to them and to break them.
 
-
-def contrasting(principles: Sequence[Principle], source: str | Path) -> tuple[Principle, ...]:
-    """The principles with instructions to keep to them and to break them; ConfigError where none has."""
-    found = tuple(principle for principle in principles if principle.follow)
+    ConfigError where there is none.
+    """
+    found = tuple(principle for principle in principles if (principle.follow if contrast else principle.compare))
     if not found:
-        raise ConfigError(
-            f"{source}: no principle has follow and violate, under which a judge contrast:MODEL compares log-probs",
-            todo='For example follow: "You answer in short sentences." and violate: "You answer in long, winding sentences."',
-        )
+        missing, example = _CONTRASTING if contrast else _COMPARING
+        raise ConfigError(f"{source}: no principle has {missing}", todo=f"For example {example}")
     return found
 
 
