@@ -13,7 +13,7 @@ from prefopt.core.errors import ConfigError, DataError
 from prefopt.data.shapes import load_groups
 from prefopt.rollout.constitution import revise
 from prefopt.rollout.judges.chat import TOO_LONG, Answer, Conversation, Usage
-from prefopt.rollout.principles import Principle, read_constitution
+from prefopt.rollout.principles import Principle, read_constitution, suited
 
 ROOT = Path(__file__).resolve().parents[2]
 THREE = tuple(Principle(name, f"critique {name}", f"revision {name}") for name in ("one", "two", "three"))
