@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from prefopt.core.frontier_recipe import expand_frontier
 from prefopt.core.resolve import read_recipe, resolve_config
 from prefopt.core.stages import expand_stages, is_staged
+from prefopt.frontier import planned_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 _spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
@@ -40,6 +42,16 @@ def test_recipe_resolves(recipe: Path) -> None:
         configs = [resolve_config(values, words, source=str(recipe))]
     for config in configs:
         assert resolve_config(config.resolved()).resolved() == config.resolved()
+
+
+def test_the_iterative_example_samples_and_steps_as_often_as_the_one_shot_one(tmp_path: Path) -> None:
+    plan = expand_frontier(read_recipe(ROOT / "examples" / "iterative" / "frontier.yaml"), output=tmp_path)
+    configs = {job.method: job.config for job in plan.jobs}
+    rounds = configs["iterative"].rollout
+    assert rounds is not None and set(configs) == {"one-shot", "iterative"}
+    assert planned_steps(configs["iterative"]) == configs["one-shot"].train.max_steps
+    prompts = len((ROOT / rounds.prompts).read_text(encoding="utf-8").splitlines())
+    assert 0 <= prompts - rounds.rounds * rounds.prompts_per_round < rounds.rounds
 
 
 def test_exit_codes_of_the_docs_are_those_of_the_errors() -> None:
