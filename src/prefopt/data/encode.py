@@ -6,6 +6,7 @@ what a model sees when it generates, and it makes the prompt the same token list
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any, Literal
@@ -16,17 +17,19 @@ from prefopt.core.errors import DataError, ModelError
 from prefopt.data.groups import NO_PROMPT, BadRow, Group, GroupSet, Turn
 from prefopt.data.refusals import Reason
 from prefopt.data.render import Piece, Renderer, UnusableTemplate, make_renderer
+from prefopt.data.text_encoder import Batch, Known, TextEncoder
+from prefopt.data.tokenizer_process import TokenizerProcesses
 from prefopt.data.tokens import Flags as Flags
 from prefopt.data.tokens import Ids as Ids
 from prefopt.data.tokens import TokenGroup as TokenGroup
 from prefopt.data.tokens import TokenSet as TokenSet
-from prefopt.data.words import WordEncoder, word_encoder
 
 TrainOn = Literal["all", "last"]
 
 _ROWS_TOGETHER = 512  # texts of so many rows are tokenised at once, and no more of them are held
-_NONE = np.zeros(0, dtype=np.int32)
-_TEXTS_FOR_WORDS = 64  # fewer are tokenised sooner than a memory of words is made
+_CHUNKS_HELD = 8  # that wait for one before them
+
+Rendered = tuple[int, Group, tuple[Piece, list[list[Piece]]]]
 
 
 def encode_groups(groups: GroupSet, tokenizer: Any, *, template: str = "auto", train_on: TrainOn = "all") -> TokenSet:
@@ -44,15 +47,23 @@ def encode_groups(groups: GroupSet, tokenizer: Any, *, template: str = "auto", t
 class Encoding:
     """Token ids of groups one after another, as in `encode_groups`; what is held meanwhile does not grow with the rows.
 
-    `bad` and `special_text` are those of the groups so far.
+    `bad` and `special_text` are those of the groups so far. `processes` take a part of the work.
     """
 
-    def __init__(self, tokenizer: Any, *, template: str = "auto", train_on: TrainOn = "all") -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        template: str = "auto",
+        train_on: TrainOn = "all",
+        processes: TokenizerProcesses | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self.train_on = train_on
         self.encoder = TextEncoder(tokenizer)
         self.special_text: list[str] = []
+        self.processes = processes
         self._renderers: dict[str, Renderer] = {}
         self._unrendered: list[BadRow] = []
         self._untokenised: list[BadRow] = []
@@ -64,16 +75,28 @@ class Encoding:
 
     def of(self, groups: Iterable[Group]) -> Iterator[tuple[int, TokenGroup]]:
         """(place in `groups`, token ids) of every group that is not refused."""
-        numbered = enumerate(groups)
-        while chunk := list(islice(numbered, _ROWS_TOGETHER)):
-            rendered = [(place, group, pieces) for place, group in chunk if (pieces := self._rendered(group)) is not None]
-            texts = ((prompt, *chain.from_iterable(responses)) for _, _, (prompt, responses) in rendered)
-            self.encoder.learn(chain.from_iterable(texts))
-            for place, group, (prompt, responses) in rendered:
-                made = self._tokenised(group, prompt, responses)
+        for chunk, known in self._with_ids(self._chunks(groups)):
+            for place, group, (prompt, responses) in chunk:
+                made = self._tokenised(group, prompt, responses, known)
                 if made is not None:
                     yield place, made
-            self.encoder.known.clear()
+
+    def _chunks(self, groups: Iterable[Group]) -> Iterator[list[Rendered]]:
+        numbered = enumerate(groups)
+        while chunk := list(islice(numbered, _ROWS_TOGETHER)):
+            yield [(place, group, pieces) for place, group in chunk if (pieces := self._rendered(group)) is not None]
+
+    def _with_ids(self, chunks: Iterable[list[Rendered]]) -> Iterator[tuple[list[Rendered], Known]]:
+        """Each chunk with the ids of its texts, in order. Processes take chunks while they have little to do."""
+        waiting: deque[tuple[list[Rendered], Batch]] = deque()
+        for chunk in chunks:
+            texts = ((prompt, *chain.from_iterable(responses)) for _, _, (prompt, responses) in chunk)
+            waiting.append((chunk, self.encoder.batch(chain.from_iterable(texts), self.processes)))
+            while waiting and (waiting[0][1].is_done or len(waiting) > _CHUNKS_HELD):
+                chunk, batch = waiting.popleft()
+                yield chunk, self.encoder.known_of(batch)
+        for chunk, batch in waiting:
+            yield chunk, self.encoder.known_of(batch)
 
     def _rendered(self, group: Group) -> tuple[Piece, list[list[Piece]]] | None:
         """Prompt and responses as text; None, and a BadRow, where that cannot be."""
@@ -95,16 +118,16 @@ class Encoding:
                 response[-1] = renderer.without_end(response[-1])
         return prompt, responses
 
-    def _tokenised(self, group: Group, prompt: Piece, responses: list[list[Piece]]) -> TokenGroup | None:
+    def _tokenised(self, group: Group, prompt: Piece, responses: list[list[Piece]], known: Known) -> TokenGroup | None:
         """Ids and loss flags of a group; None, and a BadRow, where it has no prompt or a response without loss."""
-        prompt_ids = self.encoder.prompt(prompt)
+        prompt_ids = self.encoder.prompt(prompt, known)
         if not len(prompt_ids):
             expected = "a prompt or a beginning-of-text token"
             self._untokenised.append(BadRow(group.source, "empty prompt", "prompt", "no tokens", expected))
             return None
         finished = _finished(group)
         built = [
-            _join(response, self.encoder, finished=done, train_on=self.train_on)
+            _join(response, self.encoder, known, finished=done, train_on=self.train_on)
             for response, done in zip(responses, finished, strict=True)
         ]
         if not all(flags.any() for _, flags in built):
@@ -127,18 +150,20 @@ def _finished(group: Group) -> tuple[bool, ...]:
     return group.finished or (True,) * len(group.responses)
 
 
-def _join(pieces: Sequence[Piece], encoder: TextEncoder, *, finished: bool, train_on: TrainOn) -> tuple[Ids, Flags]:
+def _join(
+    pieces: Sequence[Piece], encoder: TextEncoder, known: Known, *, finished: bool, train_on: TrainOn
+) -> tuple[Ids, Flags]:
     """Ids and loss flags of a response: loss on each assistant turn up to and with its end-of-turn token.
 
     That token ends a response that is `finished`, and only that.
     """
     if len(pieces) == 1 and pieces[0].scored and finished:
-        return _to_the_end(encoder.continuation(pieces[0]), pieces[0].end_of_turn)
+        return _to_the_end(encoder.continuation(pieces[0], known), pieces[0].end_of_turn)
     ids: list[Ids] = []
     flags: list[Flags] = []
     for number, piece in enumerate(pieces):
         last = number == len(pieces) - 1
-        piece_ids = encoder.continuation(piece)
+        piece_ids = encoder.continuation(piece, known)
         piece_flags = np.full(len(piece_ids), piece.scored and (last or train_on == "all"))
         ends = np.flatnonzero((piece_ids == piece.end_of_turn) & piece.scored)
         if last and finished:
@@ -156,79 +181,19 @@ def _join(pieces: Sequence[Piece], encoder: TextEncoder, *, finished: bool, trai
 
 def _to_the_end(ids: Ids, end_of_turn: int) -> tuple[Ids, Flags]:
     """`_join` of what most responses are: one finished turn."""
-    ends = np.flatnonzero(ids == end_of_turn)
-    ids = ids[: ends[-1] + 1].copy() if len(ends) else np.append(ids, np.int32(end_of_turn))
-    return ids, np.ones(len(ids), dtype=np.bool_)
-
-
-class TextEncoder:
-    """Tokenises pieces of text in batches. Special-token text that is marked literal is spelled out, not obeyed."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        with_special = tokenizer("", add_special_tokens=True)["input_ids"]
-        self.prefix_ids = [
-            token for token in with_special if token != tokenizer.eos_token_id or token == tokenizer.bos_token_id
-        ]
-        self.known: dict[tuple[str, bool, bool], Ids] = {}
-        self._words: WordEncoder | None = None
-        self._words_sought = False
-        newline, word, both = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("\n", "hello", "\nhello"))
-        # SentencePiece puts a space before the first word of a text; a newline in front keeps it away from a continuation.
-        self.anchor = newline if both != newline + word and both[: len(newline)] == newline else []
-
-    def learn(self, pieces: Iterable[Piece]) -> None:
-        """Tokenise every part of `pieces` that is not known yet, in one batch."""
-        wanted = dict.fromkeys(
-            (text, literal, self._anchored(piece, index))
-            for piece in pieces
-            for index, (text, literal) in enumerate(piece.parts)
-        )
-        for literal in (False, True):
-            keys = [key for key in wanted if key[1] is literal and key not in self.known]
-            if keys:
-                encoded = self._encode([("\n" if anchored else "") + text for text, _, anchored in keys], literal=literal)
-                for key, ids in zip(keys, encoded, strict=True):
-                    self.known[key] = ids[len(self.anchor) :] if key[2] else ids
-
-    def _encode(self, texts: list[str], *, literal: bool) -> list[Ids]:
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is not None and not literal and not self._words_sought and len(texts) >= _TEXTS_FOR_WORDS:
-            self._words = word_encoder(backend, self._whole_texts)
-            self._words_sought = True
-        if self._words is not None and not literal:
-            return self._words.encode(texts)
-        return [np.array(ids, dtype=np.int32) for ids in self._whole_texts(texts, literal=literal)]
-
-    def _whole_texts(self, texts: list[str], *, literal: bool = False) -> list[list[int]]:
-        found: list[list[int]] = self.tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, split_special_tokens=literal, verbose=False
-        )["input_ids"]
-        return found
-
-    def prompt(self, piece: Piece) -> Ids:
-        """Ids of a prompt, with the beginning-of-text token where the tokenizer adds one and the text has none."""
-        ids = self._ids(piece)
-        return np.concatenate((np.array(self.prefix_ids, dtype=np.int32), ids)) if piece.wants_prefix else ids
-
-    def continuation(self, piece: Piece) -> Ids:
-        """Ids of a piece of a response."""
-        return self._ids(piece)
-
-    def _anchored(self, piece: Piece, index: int) -> bool:
-        return bool(self.anchor) and (piece.continues or index > 0)
-
-    def _ids(self, piece: Piece) -> Ids:
-        keys = [(text, literal, self._anchored(piece, index)) for index, (text, literal) in enumerate(piece.parts)]
-        if not all(key in self.known for key in keys):
-            self.learn([piece])
-        return self.known[keys[0]].copy() if len(keys) == 1 else np.concatenate((_NONE, *(self.known[key] for key in keys)))
+    if len(ids) > 1 and ids[-2] == end_of_turn != ids[-1]:  # a newline behind it, as many templates have
+        ids = ids[:-1]
+    elif not len(ids) or ids[-1] != end_of_turn:
+        ends = np.flatnonzero(ids == end_of_turn)
+        ids = ids[: ends[-1] + 1] if len(ends) else np.append(ids, np.int32(end_of_turn))
+    return ids.copy(), np.ones(len(ids), dtype=np.bool_)
 
 
 def prompt_ids(prompt: tuple[Turn, ...], tokenizer: Any, *, template: str = "auto", form: str = "text", tools: str = "") -> Ids:
     """Token ids of one prompt, ready for generation."""
     renderer = make_renderer(tokenizer, template=template, form=form)
-    ids = TextEncoder(tokenizer).prompt(renderer.prompt(prompt, tools))
+    encoder, piece = TextEncoder(tokenizer), renderer.prompt(prompt, tools)
+    ids = encoder.prompt(piece, encoder.encode([piece]))
     if not len(ids):
         raise DataError("The prompt has no tokens", todo="Give a prompt, or a tokenizer with a beginning-of-text token.")
     return ids

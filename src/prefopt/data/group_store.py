@@ -8,7 +8,7 @@ import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
-from typing import IO, Any, overload
+from typing import IO, overload
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from prefopt.data.tokens import Counts
 
 IN_MEMORY_GROUPS = 4096  # with texts of some KiB a group, about as much memory as one batch of them needs elsewhere
 _BUFFER_BYTES = 2**20
+_FORM_WITHOUT_REFERENCES = 2  # later forms of marshal depend on which objects are shared, too
 
 
 class _Texts:
@@ -70,6 +71,10 @@ class StoredGroups(Sequence[Group]):
     def __iter__(self) -> Iterator[Group]:
         return (self._group(place) for place in self._places.tolist())
 
+    def contents(self) -> Iterator[bytes]:
+        """What `group_contents` gives, without making the groups."""
+        return (self._texts[place] for place in self._places.tolist())
+
     def _group(self, place: int) -> Group:
         prompt, responses, form, source, tools, finished = marshal.loads(self._texts[place])
         return Group(
@@ -108,16 +113,18 @@ def _written(file: IO[bytes], groups: Iterable[Group]) -> StoredGroups:
     known: dict[Feedback, Feedback] = {}  # most rows of a file say the same
     end = 0
     for group in groups:
-        end += file.write(marshal.dumps(_plain(group)))
+        end += file.write(_content(group))
         ends.append(end)
         feedbacks.append(known.setdefault(group.feedback, group.feedback))
     file.flush()
     return StoredGroups(_Texts(file, np.frombuffer(ends, dtype=np.int64)), feedbacks, np.arange(len(feedbacks)))
 
 
-def _plain(group: Group) -> tuple[Any, ...]:
+def _content(group: Group) -> bytes:
+    """All of a group but its feedback, the same bytes for groups that are equal."""
     responses = tuple(_texts(turns) for turns in group.responses)
-    return _texts(group.prompt), responses, group.form, group.source, group.tools, group.finished
+    plain = (_texts(group.prompt), responses, group.form, group.source, group.tools, group.finished)
+    return marshal.dumps(plain, _FORM_WITHOUT_REFERENCES)
 
 
 def _texts(turns: Sequence[Turn]) -> tuple[tuple[str, str, str], ...]:
@@ -127,6 +134,11 @@ def _texts(turns: Sequence[Turn]) -> tuple[tuple[str, str, str], ...]:
 def pick_groups(groups: Sequence[Group], places: Iterable[int]) -> Sequence[Group]:
     """The groups at `places`: a tuple of those in memory, a view of those that are not."""
     return groups.pick(places) if isinstance(groups, StoredGroups) else tuple(groups[place] for place in places)
+
+
+def group_contents(groups: Sequence[Group]) -> Iterator[bytes]:
+    """Bytes for each group that are the same for groups which are equal but for their feedback."""
+    return groups.contents() if isinstance(groups, StoredGroups) else map(_content, groups)
 
 
 def group_feedbacks(groups: Sequence[Group]) -> Sequence[Feedback]:

@@ -41,7 +41,16 @@ def to_turns(value: Any, field: str) -> tuple[Turn, ...]:
     """Turns of a message or a list of messages."""
     if isinstance(value, Mapping):
         return (to_turn(value, field),)
-    return tuple(to_turn(message, f"{field}[{index}]") for index, message in enumerate(listed(value, field)))
+    return tuple(_usual(message) or to_turn(message, f"{field}[{index}]") for index, message in enumerate(listed(value, field)))
+
+
+def _usual(message: Any) -> Turn | None:
+    """The turn of a message that is as most are, role and ASCII content and no more; None for any other."""
+    if type(message) is dict and len(message) == 2:
+        role, content = message.get("role"), message.get("content")
+        if type(role) is str and role in ROLES and type(content) is str and content.isascii():
+            return Turn(role, content)
+    return None
 
 
 def to_turn(message: Any, field: str) -> Turn:

@@ -31,6 +31,7 @@ OTHER_COLUMNS = ("chosen", "rejected", "input", "history", "system", "tools")
 USED_COLUMNS = frozenset(
     (*PROMPT_COLUMNS, *COMPLETION_COLUMNS, *RESPONSES_COLUMNS, *FEEDBACK_COLUMNS, *FINISHED_COLUMNS, *OTHER_COLUMNS)
 )
+_KNOWN_KEYS = frozenset(MESSAGE_KEYS)
 _INSTRUCTING = ("system", "developer")
 _ROWS_LOOKED_AT = 200
 _FORMS = {"hh": 'HH-style "\\n\\nHuman:" text', "text": "strings", "messages": "message lists"}
@@ -150,7 +151,9 @@ def _message_keys(values: Iterable[Any]) -> set[str]:
     return {
         str(key)
         for message in messages
-        if isinstance(message, (dict, Mapping)) and ("role" in message or "from" in message)
+        if isinstance(message, (dict, Mapping))
+        and not message.keys() <= _KNOWN_KEYS
+        and ("role" in message or "from" in message)
         for key, value in message.items()
         if value is not None and key not in MESSAGE_KEYS
     }

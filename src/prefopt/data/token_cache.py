@@ -13,9 +13,10 @@ import pyarrow as pa
 from prefopt.core.files import cache_root, digest, digest_of
 from prefopt.core.memory import collector_paused
 from prefopt.data.encode import Encoding, TokenSet, TrainOn, encode_groups
-from prefopt.data.group_store import group_feedbacks
-from prefopt.data.groups import BadRow, Group, GroupSet, Turn
+from prefopt.data.group_store import group_contents, group_feedbacks
+from prefopt.data.groups import BadRow, GroupSet
 from prefopt.data.token_store import read_tokens, writing_tokens
+from prefopt.data.tokenizer_process import tokenizer_processes
 
 # Raised whenever rendering or tokenising can give other ids for the same text, or the file has another form.
 ENCODING_VERSION = 3
@@ -36,8 +37,12 @@ def cached_encoding(
             return _read(path, groups)
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
             path.unlink(missing_ok=True)
-    encoding = Encoding(tokenizer, template=template, train_on=train_on)
-    with collector_paused(), writing_tokens(path) as writer:
+    with (
+        collector_paused(),
+        tokenizer_processes(tokenizer, len(groups.groups)) as processes,
+        writing_tokens(path) as writer,
+    ):
+        encoding = Encoding(tokenizer, template=template, train_on=train_on, processes=processes)
         for place, group in encoding.of(groups.groups):
             writer.add(place, group)
         writer.notes = {"bad": [asdict(row) for row in encoding.bad], "special_text": encoding.special_text}
@@ -53,20 +58,11 @@ def encoding_key(groups: GroupSet, tokenizer: Any, template: str, train_on: Trai
     """Digest of everything that ids and loss flags depend on: texts, roles, what was cut, tokenizer, template, `train_on`."""
     template_text = Path(template).read_text(encoding="utf-8") if Path(template).is_file() else template
 
-    def parts() -> Iterator[str]:
+    def parts() -> Iterator[str | bytes]:
         yield from (str(ENCODING_VERSION), template_text, train_on, tokenizer_identity(tokenizer))
-        yield from map(_content, groups.groups)
+        yield from group_contents(groups.groups)
 
     return digest_of(parts())
-
-
-def _content(group: Group) -> str:
-    responses = [_texts(turns) for turns in group.responses]
-    return json.dumps((_texts(group.prompt), responses, group.form, group.tools, group.finished, group.source))
-
-
-def _texts(turns: tuple[Turn, ...]) -> list[tuple[str, str, str]]:
-    return [(turn.role, turn.content, turn.tool_calls) for turn in turns]
 
 
 def tokenizer_identity(tokenizer: Any) -> str:
