@@ -119,7 +119,7 @@ def tokenizer_processes(tokenizer: Any, rows: int) -> Iterator[TokenizerProcesse
     """Children for so many rows; None where there are few rows, one core, or no word encoder for this tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     count = min(_cores() - 1, _MOST_PROCESSES)
-    if backend is None or rows < ROWS_TO_SHARE or count < 1:
+    if backend is None or rows < ROWS_TO_SHARE or count < 1 or not sys.executable:  # no name where Python is embedded
         yield None
         return
 
