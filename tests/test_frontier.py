@@ -31,6 +31,7 @@ from prefopt.core.frontier_recipe import Asked, FrontierPlan, expand_frontier
 from prefopt.core.run_folder import RunFolder
 from prefopt.evaluate.frontier import exactly
 from prefopt.frontier import keeping, key_of, make_frontier, planned_steps, spaced
+from prefopt.train.checkpoint import prune_checkpoints
 from train.tiny_runs import write_model, write_rows
 
 
@@ -46,6 +47,7 @@ class World:
         self.kill_at = -1
         self.moments = 0
         self.diverges = ""
+        self.interrupted = ("", 0)  # beginning of a run's name, step
 
     def moment(self) -> None:
         self.moments += 1
@@ -69,10 +71,14 @@ class World:
             if run.path.name.startswith(self.diverges or "nothing"):
                 log.write("error", step=step, message="the loss is not finite")
                 raise TrainingError("the loss is not finite", todo="Lower train.lr.")
-            if step % int(config.train.save_every_steps or 8) == 0:
+            interrupted = run.path.name.startswith(self.interrupted[0] or "nothing") and step == self.interrupted[1]
+            if interrupted or step % int(config.train.save_every_steps or 8) == 0:
                 folder = run.checkpoints / f"step-{step:06d}"
                 folder.mkdir(parents=True)
                 write_json(folder / "manifest.json", {"step": step, "files": {}})
+                prune_checkpoints(run.checkpoints, keep_last=config.train.keep_last, keep=set())
+            if interrupted:
+                raise KeyboardInterrupt
         self.moment()
         log.write("end", step=8)
         return run
@@ -172,6 +178,17 @@ def test_a_killed_frontier_ends_as_the_unbroken_one(world: World, tmp_path: Path
     trained = Counter(name for name in world.done if "trains" in name)
     repeated = [name for name, times in trained.items() if times > 1]
     assert all(int(name.split()[-1]) % 2 for name in repeated), "only steps behind the last checkpoint"
+    shutil.rmtree(tmp_path / "out")
+    assert run(tmp_path / "out") == broken
+
+
+def test_the_checkpoint_of_an_interruption_is_no_point(world: World, tmp_path: Path) -> None:
+    for step in (3, 7):
+        world.interrupted = ("dpo-0.5", step)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "out")
+    world.interrupted = ("", 0)
+    broken = run(tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
     assert run(tmp_path / "out") == broken
 
@@ -280,7 +297,7 @@ def test_how_a_run_is_kept_is_no_part_of_its_key(world: World, tmp_path: Path) -
     other = config.model_copy(update={"train": config.train.model_copy(update={"lr": 0.5})})
     assert key_of(other) != key_of(config)
     kept = keeping(config, 3)
-    assert (kept.train.save_every_steps, kept.train.keep_last, planned_steps(config)) == (3, 3, 8)
+    assert (kept.train.save_every_steps, kept.train.keep_last, planned_steps(config)) == (3, 10**6, 8)
 
 
 @given(st.lists(st.integers(1, 500), unique=True, min_size=1, max_size=30), st.integers(1, 12))

@@ -39,6 +39,7 @@ from prefopt.rollout.rewards import Reward, load_reward
 from prefopt.stages import check_inputs, check_stages, failure, finished_run, train_stages
 from prefopt.train.checkpoint import prune_checkpoints
 
+_ALL = 10**6  # checkpoints
 _PART = 1 << 22  # bytes of a file that are read at a time
 _PATHS = ("model.name", "reference.model", "data.train", "data.eval", "rollout.prompts")
 _OF_TRAINING = ("optimizer.safetensors", "reference.safetensors", "training.json", "manifest.json")
@@ -164,7 +165,7 @@ class _Frontier:
             if (found := _read(path)) and found["key"] == digest(run_key, began, str(found["step"]), self.judge.key)
         }
         points = []
-        for step in spaced(sorted(keys), self.plan.checkpoints):
+        for step in spaced(_planned(run, sorted(keys)), self.plan.checkpoints):
             found = self._kept(
                 f"{label}-step{step:06d}", keys[step], f"{title}, step {step}", self._of_checkpoint(run, step), step=step
             )
@@ -305,10 +306,9 @@ def _parts(file: Path) -> Any:
 
 
 def keeping(config: RunConfig, checkpoints: int) -> RunConfig:
-    """`config` with about `checkpoints` checkpoints, evenly spaced, all of them kept."""
+    """`config` with about `checkpoints` checkpoints, evenly spaced, all of them kept, as are those of interruptions."""
     every = max(1, math.ceil(planned_steps(config) / checkpoints))
-    kept = checkpoints * (1 if config.rollout is None else 2)  # a round may give more rows than prompts
-    return config.model_copy(update={"train": config.train.model_copy(update={"save_every_steps": every, "keep_last": kept})})
+    return config.model_copy(update={"train": config.train.model_copy(update={"save_every_steps": every, "keep_last": _ALL})})
 
 
 def planned_steps(config: RunConfig) -> int:
@@ -329,6 +329,12 @@ def spaced(steps: Sequence[int], count: int) -> list[int]:
     if len(steps) <= count:
         return list(steps)
     return [steps[(place + 1) * len(steps) // count - 1] for place in range(count)]
+
+
+def _planned(run: RunFolder, steps: Sequence[int]) -> list[int]:
+    """Those of the saved `steps`, in order, that an unbroken run saves too, and no other, which an interruption added."""
+    every = (run.read("config.json") or {}).get("train", {}).get("save_every_steps") or 1
+    return [step for step in steps if step % every == 0 or step == steps[-1]]
 
 
 def _saved_steps(run: RunFolder) -> list[int]:
