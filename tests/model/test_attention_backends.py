@@ -23,7 +23,7 @@ from model.attention_cases import (
     torch_2_13,
     with_gradients,
 )
-from prefopt.model import attention_flex, attention_segments, attention_varlen
+from prefopt.model import attention_direct, attention_flex, attention_segments, attention_varlen
 from prefopt.model.layout import GroupSpan
 
 CPU = torch.device("cpu")
@@ -73,6 +73,67 @@ def test_the_package_caps_scores(kernel: Callable[..., Any]) -> None:
         return
     wanted = with_gradients(attention_segments.attend, tensors(layout), layout, **options)
     assert furthest(with_gradients(attention_varlen.attend, tensors(layout), layout, **options), wanted) < EXACT
+
+
+@given(SHAPES, st.sampled_from(WINDOWS), HEADS, st.sampled_from([None, 0.7]), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_the_kernel_called_directly_is_the_segments_in_values_and_gradients(
+    shapes: Shapes, window: int | None, heads: tuple[int, int], scaling: float | None, knows_shared_keys: bool
+) -> None:
+    """Also with a kernel of an older torch, which wants every key for every query head."""
+    layout = layout_of(shapes)
+    options: dict[str, Any] = {"scaling": scaling, "window": window, "softcap": None, "s_aux": None}
+    wanted = with_gradients(attention_segments.attend, tensors(layout, heads=heads), layout, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_direct, "_KNOWS_SHARED_KEYS", knows_shared_keys and attention_direct._KNOWS_SHARED_KEYS)
+        found = with_gradients(attention_direct.attend, tensors(layout, heads=heads), layout, **options)
+    assert furthest(found, wanted) < EXACT
+
+
+@pytest.mark.parametrize("fp32_backward", [0, 768])
+def test_the_kernel_called_directly_is_as_close_in_bf16_as_the_segments(
+    fp32_backward: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against float64 on the same inputs; in fp32 its backward is the closer one."""
+    monkeypatch.setattr(attention_direct, "_FP32_BACKWARD", fp32_backward)
+    layout = layout_of([(40, (30, 25)), (0, (50,)), (3, (60, 1, 9))])
+    options: dict[str, Any] = {"scaling": None, "window": None, "softcap": None, "s_aux": None}
+    rounded = tensors(layout, heads=(6, 2), dtype=torch.bfloat16)
+    exact = tuple(tensor.detach().double().requires_grad_() for tensor in rounded)
+    wanted = with_gradients(attention_segments.attend, exact, layout, **options)
+    ours, theirs = (
+        [
+            float((one.double() - other).norm() / other.norm())
+            for one, other in zip(with_gradients(attend, rounded, layout, **options), wanted, strict=True)
+        ]
+        for attend in (attention_direct.attend, attention_segments.attend)
+    )
+    assert all(mine <= (1.0 if fp32_backward else 1.1) * other for mine, other in zip(ours, theirs, strict=True)), (
+        ours,
+        theirs,
+    )
+    assert max(ours) < 0.01
+
+
+def test_a_forward_without_gradients_and_one_with_are_the_same_to_the_bit() -> None:
+    layout = layout_of(EVERY_LENGTH)
+    query, key, value = tensors(layout, dtype=torch.bfloat16)
+    options: dict[str, Any] = {"scaling": None, "window": 4, "softcap": None, "s_aux": None}
+    learnt = attention_direct.attend(query, key, value, layout, **options)
+    with torch.no_grad():
+        assert torch.equal(attention_direct.attend(query, key, value, layout, **options), learnt)
+    assert torch.equal(attention_segments.attend(query, key, value, layout, **options), learnt)
+
+
+def test_the_kernel_called_directly_reads_tensors_of_any_strides() -> None:
+    layout = layout_of(EVERY_LENGTH)
+    options: dict[str, Any] = {"scaling": None, "window": None, "softcap": None, "s_aux": None}
+    apart = [tensor.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_() for tensor in tensors(layout)]
+    found, wanted = (
+        torch.autograd.grad(attend(*apart, layout, **options).sum(), apart)  # the gradient of a sum has no strides at all
+        for attend in (attention_direct.attend, attention_segments.attend)
+    )
+    assert furthest(list(found), list(wanted)) < EXACT
 
 
 @given(

@@ -41,14 +41,15 @@ def willing(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(attention.BACKENDS, name, able)
 
 
-def test_the_cpu_takes_segments_even_where_others_could(willing: None) -> None:
-    assert attention.backends_for(FP32, CPU) == attention.backends_for(BF16, CPU) == ["segments"]
+def test_the_cpu_takes_its_own_kernel_even_where_others_could(willing: None) -> None:
+    assert attention.backends_for(FP32, CPU) == attention.backends_for(BF16, CPU) == ["direct", "segments"]
+    assert attention.backends_for(FP32, CPU, softcap=True) == attention.backends_for(BF16, CPU, sinks=True) == ["segments"]
     assert attention.backends_for(FP32, torch.device("mps")) == ["segments"]
     model = language_model()
     before = attention.calls.copy()
     with torch.no_grad():
         model.token_logps(packed_batch(awkward_groups(), CPU))
-    assert attention.calls - before == {"segments": 2}
+    assert attention.calls - before == {"direct": 2}
 
 
 @pytest.mark.parametrize(
@@ -100,6 +101,10 @@ def test_an_old_gpu_and_a_missing_triton_leave_the_segments(hopper: pytest.Monke
         ("varlen", Request(CUDA, BF16, 192, 128), "128 and 192"),
         ("varlen", Request(CUDA, BF16, 68, 68), "not 68"),
         ("varlen", Request(CUDA, BF16, 264, 264), "not 264"),
+        ("direct", Request(CUDA, FP32), "not for cuda"),
+        ("direct", Request(CPU, FP32, softcap=True), "soft caps"),
+        ("direct", Request(CPU, torch.int8), "int8"),
+        ("direct", Request(CPU, FP32, 192, 128), "128 and 192"),
         ("flex", Request(CPU, FP32, gradient=True), "no backward pass on the CPU"),
         ("flex", Request(torch.device("mps"), FP32), "mps"),
         ("flex", Request(CUDA, torch.float64), "not in float64"),
@@ -116,7 +121,11 @@ def test_a_backend_says_why_it_cannot_serve(hopper: pytest.MonkeyPatch, backend:
 
 def test_every_backend_that_is_asked_for_gives_the_log_probs_of_the_segments(willing: None) -> None:
     """Whole models, one with windows in some layers and one with soft caps and windows."""
-    for name, backends in (("llama", ("varlen", "flex")), ("gemma3", ("varlen", "flex")), ("gemma2", ("flex",))):
+    for name, backends in (
+        ("llama", ("direct", "varlen", "flex")),
+        ("gemma3", ("direct", "varlen", "flex")),
+        ("gemma2", ("flex",)),
+    ):
         model = language_model(name)
         batch = packed_batch(awkward_groups(), CPU)
         with torch.no_grad():
@@ -182,7 +191,7 @@ def test_the_environment_variable_names_the_backend_and_use_backend_goes_before_
     with attention.use_backend("flex"):
         assert attention._chosen(plain) == "flex"
     monkeypatch.setenv(attention.VARIABLE, "")
-    assert attention._chosen(plain) == "segments"
+    assert attention._chosen(plain) == "direct"
 
 
 def test_a_variable_that_names_what_cannot_serve_is_an_error_before_training(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,8 @@ from prefopt.model.engine import LanguageModel
 from prefopt.model.fused import EMBEDDING, MLPS, NORMS
 from prefopt.model.paths import confirm, deviation, fast_paths
 
+DIRECT = "direct attention"
+
 
 @pytest.fixture
 def said() -> Iterator[list[str]]:
@@ -48,7 +50,7 @@ class _WrongBackward(torch.autograd.Function):
 def test_sound_paths_stay(said: list[str]) -> None:
     model = language_model()
     confirm(model, awkward_groups())
-    assert [path.name for path in fast_paths(model)] == [NORMS, MLPS, EMBEDDING] and said == []
+    assert [path.name for path in fast_paths(model)] == [NORMS, MLPS, EMBEDDING, DIRECT] and said == []
 
 
 @pytest.mark.parametrize("change", [lambda x: x * 1.01, fail, _WrongBackward.apply], ids=["values", "failure", "gradients"])
@@ -58,7 +60,7 @@ def test_what_differs_is_given_up_and_the_others_stay(said: list[str], change: A
         wanted = model.token_logps(model.batch(awkward_groups()))
     break_mlps(model, change)
     confirm(model, awkward_groups())
-    assert [path.name for path in fast_paths(model)] == [NORMS, EMBEDDING]
+    assert [path.name for path in fast_paths(model)] == [NORMS, EMBEDDING, DIRECT]
     assert any(line.startswith(f"llama: {MLPS} ") for line in said)
     with torch.no_grad():
         assert torch.equal(model.token_logps(model.batch(awkward_groups())), wanted)
@@ -74,7 +76,7 @@ def test_a_model_of_another_dtype_has_another_tolerance() -> None:
 
 def test_attention_falls_back_backend_by_backend(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """With a broken backend first in line, the segments take over."""
-    monkeypatch.setattr(attention, "_ORDER_ELSEWHERE", ("flex", "segments"))
+    monkeypatch.setattr(attention, "_ORDER", {"cpu": ("flex", "segments")})
     monkeypatch.setattr(attention, "BACKENDS", {**attention.BACKENDS})
     flex = attention.BACKENDS["flex"] = attention.BACKENDS["segments"]
     model = language_model()

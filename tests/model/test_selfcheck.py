@@ -9,7 +9,7 @@ import torch
 
 from model.tiny_models import awkward_groups, language_model
 from prefopt.core.errors import ModelError
-from prefopt.model import attention, attention_segments, engine, layout, reference
+from prefopt.model import attention, attention_direct, engine, layout, reference
 from prefopt.model.batch import Batch, packed_batch, sum_per_response
 from prefopt.model.head import Head
 from prefopt.model.selfcheck import selfcheck
@@ -27,7 +27,8 @@ def test_a_sound_model_passes_every_check(name: str) -> None:
     assert all(check.passed for check in checks), checks
     names = {check.name for check in checks}
     wanted = (ALL if name != "bloom" else {"chunked == dense", "all == transformers"}) | {"cached == live"}
-    kinds = {"llama": ("fused norms", "fused gated MLPs", "direct embedding"), "gemma2": ("fused norms", "fused gated MLPs")}
+    fused = ("fused norms", "fused gated MLPs")
+    kinds = {"llama": (*fused, "direct embedding", "direct attention"), "gemma2": fused}
     paths = kinds.get(name, ("direct embedding",))
     assert names == wanted | {f"{path} == plain" for path in paths} | {f"{path}, gradients" for path in paths}
     assert all(check.deviation < 1e-4 for check in checks), checks
@@ -77,13 +78,8 @@ def test_siblings_that_see_each_other_fail_the_check_of_sharing(monkeypatch: pyt
 def test_wrong_gradients_behind_right_values_fail_the_check_of_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     model = language_model()
     assert model.sharing
-    split = attention_segments._split
-
-    def cut(*tensors: Any) -> Any:
-        return [(q, k, v.detach()) for q, k, v in split(*tensors)]
-
-    monkeypatch.setattr(attention_segments, "_split", cut)
-    assert failed(model) == {"gradients agree"}
+    monkeypatch.setattr(attention_direct, "_add_of_keys", lambda *tensors: None)
+    assert failed(model) == {"gradients agree", "direct attention, gradients"}
 
 
 def test_a_cache_that_returns_other_numbers_fails_the_check_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from prefopt.core.errors import ConfigError, ModelError, nearest
-from prefopt.model import attention_flex, attention_segments, attention_varlen
+from prefopt.model import attention_direct, attention_flex, attention_segments, attention_varlen
 from prefopt.model.attention_request import Request, request_of
 from prefopt.model.attention_segments import explicit, plain_causal
 from prefopt.model.layout import Layout, active_layout, in_force, wanted_backend
@@ -46,10 +46,11 @@ class Backend(NamedTuple):
 BACKENDS = {
     "varlen": Backend(attention_varlen.attend, attention_varlen.unsupported),
     "flex": Backend(attention_flex.attend, attention_flex.unsupported),
+    "direct": Backend(attention_direct.attend, attention_direct.unsupported),
     "segments": Backend(attention_segments.attend, attention_segments.unsupported),
 }
 # Which ones a device tries by itself, in this order.
-_ORDER = {"cuda": ("varlen", "flex", "segments")}
+_ORDER = {"cuda": ("varlen", "flex", "segments"), "cpu": ("direct", "segments")}
 _ORDER_ELSEWHERE = ("segments",)
 
 

@@ -26,8 +26,11 @@ _ABOUT = {
     EMBEDDING: "an embedding whose gradient is added where the optimizer keeps it",
     COMPILED: "decoder layers through torch.compile",
 }
-
-
+_ABOUT_ATTENTION = {
+    "varlen": "one kernel for all groups, against a call for each segment",
+    "flex": "one kernel for all groups, against a call for each segment",
+    "direct": "torch's kernel for the CPU without autograd around each segment",
+}
 _SMALL = 2**20  # numbers of a weight whose gradient is compared
 
 
@@ -67,7 +70,7 @@ def fast_paths(model: LanguageModel) -> list[FastPath]:
         paths.append(
             FastPath(
                 f"{backends[place]} attention",
-                "one kernel for all groups, against a call for each segment",
+                _ABOUT_ATTENTION[backends[place]],
                 partial(attention.use_backend, last),
                 partial(setattr, model, "attention_backend", backends[place + 1]),
             )
