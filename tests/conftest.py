@@ -38,6 +38,15 @@ def one_thread() -> None:
         sys.modules["torch"].set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def fp32_unless_asked() -> Iterator[None]:
+    """What a test expects of `precision: auto` does not depend on whether this machine multiplies bf16."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "torch" in sys.modules:
+            patch.setattr("prefopt.model.precision.native_bf16", lambda device: device.type != "cpu")
+        yield
+
+
 @pytest.fixture
 def shared() -> Path:
     """Folder of real rows and models that the project does not ship; skips where there is none."""

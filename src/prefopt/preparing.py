@@ -20,6 +20,7 @@ from prefopt.data.suitable import suitable, unused_columns
 from prefopt.data.token_cache import cached_encoding
 from prefopt.data.tokens import TokenSet, feedbacks_of
 
+_PARTLY_CUT = 0.05  # share of rows from which on they are worth a line
 _ROWS_A_PROMPT = 1.5  # from which on it pays to keep rows of a prompt together
 
 
@@ -51,7 +52,12 @@ def prepare_rows(
         held_out = usable_held_out(held, config, tokenizer, context_tokens)
     for_loss = replace(full, bad=(*full.bad, *train.bad[len(fitted.bad) :]))  # with what the loss has no place for
     found = audit(groups, for_loss, budget=budget, on_overlong=data.on_overlong, against=held)
-    rows, prompts = found["groups"], found["feedback"]["prompts"]
+    rows, prompts, partly = found["groups"], found["feedback"]["prompts"], found["truncation"]["partly_over"]
+    if data.on_overlong == "truncate" and partly > _PARTLY_CUT * rows:
+        say(
+            f"{groups.name}: in {partly} of {rows} rows a response is cut at {budget[1]} tokens beside one that ends, and that"
+            " alone can be learned; data.on_overlong=drop leaves them out, data.max_response_tokens is the limit"
+        )
     if not data.by_prompt and rows >= _ROWS_A_PROMPT * prompts > 0:
         say(f"{groups.name}: {rows} rows have {prompts} prompts: data.by_prompt=true computes what rows of a prompt share once")
     return Prepared(groups, train, held_out, found)

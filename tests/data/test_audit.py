@@ -184,6 +184,7 @@ def test_the_budget_counts_prompts_responses_and_groups() -> None:
         "prompts_over": 2,
         "responses_over": 3,
         "groups_over": 3,
+        "partly_over": 1,
     }
 
 

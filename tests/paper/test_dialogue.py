@@ -47,10 +47,8 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
 
 
 def test_parts_hold_every_short_pair_once_and_share_no_prompt(tmp_path: Path) -> None:
-    rows = [
-        *hh_rows(60),
-        {"chosen": f"\n\nHuman: {'x' * 900}\n\nAssistant: a", "rejected": f"\n\nHuman: {'x' * 900}\n\nAssistant: b"},
-    ]
+    long = [(f"\n\nHuman: {'x' * 1100}\n\nAssistant:", "b"), ("\n\nHuman: y\n\nAssistant:", "b" * 301)]
+    rows = [*hh_rows(60), *({"chosen": f"{asked} a", "rejected": f"{asked} {worse}"} for asked, worse in long)]
     parts = split.split(str(write_rows(tmp_path / "rows.jsonl", rows)), most=None)
     sources = [group.source for groups in parts.values() for group in groups]
     assert sorted(sources) == sorted(f"rows.jsonl:{number}" for number in range(1, 61))

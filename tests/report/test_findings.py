@@ -104,6 +104,11 @@ def over(groups: int) -> dict[str, Any]:
     return {"rows": 1000, "groups": 1000, "truncation": {"groups_over": groups, "on_overlong": "drop"}}
 
 
+def cut(partly: int, on_overlong: str = "truncate") -> dict[str, Any]:
+    said = {"partly_over": partly, "on_overlong": on_overlong, "max_response_tokens": 64}
+    return {"rows": 1000, "groups": 1000, "truncation": said}
+
+
 def refusals(count: int) -> dict[str, Any]:
     return {"rows": 1000, "refused": {"empty response": {"count": count, "examples": []}}}
 
@@ -186,6 +191,7 @@ FIRES: list[tuple[str, Rule, str, Known]] = [
     ("leak", data_rules.leakage, "warning", known(audit={"leakage": {"against": "eval.jsonl", "prompts": 1, "groups": 0}})),
     ("refused", data_rules.refused, "warning", known(audit=refusals(51))),
     ("overlong", data_rules.overlong, "warning", known(audit=over(51))),
+    ("cut beside whole", data_rules.partly_cut, "warning", known(audit=cut(51))),
     ("rounds gained", round_rules.reward_of_rounds, "good", known(rounds(0.1, 0.2))),
     ("rounds lost", round_rules.reward_of_rounds, "warning", known(rounds(0.2, 0.1))),
     ("rounds level", round_rules.reward_of_rounds, "note", known(rounds(0.1, 0.128))),
@@ -248,6 +254,9 @@ SILENT: list[tuple[str, Rule, Known]] = [
     ("no contradictions", data_rules.contradictions, known(audit=counted("contradictions", 0))),
     ("few refused", data_rules.refused, known(audit=refusals(50))),
     ("few overlong", data_rules.overlong, known(audit=over(50))),
+    ("few cut beside whole", data_rules.partly_cut, known(audit=cut(50))),
+    ("dropped instead of cut", data_rules.partly_cut, known(audit=cut(500, "drop"))),
+    ("an audit that did not count them", data_rules.partly_cut, known(audit=over(500))),
 ]
 
 

@@ -16,6 +16,8 @@ from prefopt.model.paths import confirm, fast_paths
 from prefopt.pipeline import train_run
 from train.tiny_runs import tiny_config
 
+DIRECT = "direct attention"
+
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
@@ -43,10 +45,10 @@ def test_a_compiler_that_fails_leaves_the_layers_own_code(monkeypatch: pytest.Mo
     with torch.no_grad():
         wanted = model.token_logps(model.batch(awkward_groups()))
     compile_layers(model)
-    assert [path.name for path in fast_paths(model)] == [EMBEDDING, COMPILED]
+    assert [path.name for path in fast_paths(model)] == [EMBEDDING, COMPILED, DIRECT]
     confirm(model, awkward_groups())
     assert "no C++ compiler was found" in said[0]
-    assert [path.name for path in fast_paths(model)] == [NORMS, MLPS, EMBEDDING]
+    assert [path.name for path in fast_paths(model)] == [NORMS, MLPS, EMBEDDING, DIRECT]
     with torch.no_grad():
         assert torch.equal(model.token_logps(model.batch(awkward_groups())), wanted)
 

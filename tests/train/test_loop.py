@@ -316,3 +316,16 @@ def test_rows_that_share_prompts_are_pointed_out_and_counted_once(tmp_path: Path
     assert sorted(group.source for step in range(4) for group in apart.groups_of(step)) == sorted(
         group.source for step in range(4) for group in together.groups_of(step)
     )
+
+
+@pytest.mark.parametrize(("on_overlong", "points_out"), [("truncate", True), ("drop", False)])
+def test_responses_that_are_cut_beside_whole_ones_are_pointed_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_overlong: str, points_out: bool
+) -> None:
+    """Which of two responses ends tells them apart without any preference."""
+    said: list[str] = []
+    monkeypatch.setattr(preparing, "say", said.append)
+    rows = [{"prompt": f"What of {n}?", "chosen": "calm " * (4 + 30 * (n % 4 == 0)), "rejected": "lost"} for n in range(8)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    tiny_training(tiny_config(tmp_path, data={"max_response_tokens": 30, "on_overlong": on_overlong}))
+    assert any("in 2 of 8 rows a response is cut at 30 tokens beside one that ends" in line for line in said) == points_out

@@ -25,8 +25,9 @@ from prefopt.data.shapes import load_groups
 from prefopt.rollout.prompts import Prompt
 
 SHARES = {"policy": 0.45, "judge": 0.45, "held_out": 0.1}
-MOST_CHARACTERS = 400  # of a prompt: two cores are few
-PROMPTS = 1200
+MOST_IN_PROMPT = 1000  # characters: two cores are few
+MOST_IN_RESPONSE = 300  # short enough that none is cut: a reward model would learn which ones were
+PROMPTS = 1300
 QUICK_ROWS = 120
 
 
@@ -36,7 +37,12 @@ def split(source: str, *, most: int | None, seed: int = 0) -> dict[str, list[Gro
     DataError where a part would be empty.
     """
     groups = [group for group in load_groups(source).groups if group.feedback.kind == "pair" and not group.feedback.tie]
-    short = [group for group in groups if sum(len(turn.content) for turn in group.prompt) <= MOST_CHARACTERS]
+    short = [
+        group
+        for group in groups
+        if sum(len(turn.content) for turn in group.prompt) <= MOST_IN_PROMPT
+        and all(len(response[-1].content) <= MOST_IN_RESPONSE for response in group.responses)
+    ]
     by_prompt: dict[Any, list[Group]] = {}
     for group in short:
         by_prompt.setdefault(group.prompt, []).append(group)

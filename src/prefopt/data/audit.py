@@ -108,6 +108,7 @@ def _truncation(tokens: TokenSet, budget: tuple[int, int], on_overlong: str) -> 
     max_prompt, max_response = budget
     lengths = lengths_of(tokens.groups)
     prompts_over, responses_over = lengths.prompt_G > max_prompt, lengths.response_S > max_response
+    cut_G = np.bincount(lengths.group_S[responses_over], minlength=len(lengths.responses_G))
     return {
         "max_prompt_tokens": max_prompt,
         "max_response_tokens": max_response,
@@ -115,6 +116,7 @@ def _truncation(tokens: TokenSet, budget: tuple[int, int], on_overlong: str) -> 
         "prompts_over": int(prompts_over.sum()),
         "responses_over": int(responses_over.sum()),
         "groups_over": int((prompts_over | (lengths.longest_G > max_response)).sum()),
+        "partly_over": int(((cut_G > 0) & (cut_G < lengths.responses_G)).sum()),
     }
 
 
@@ -211,7 +213,7 @@ def _budget_lines(truncation: dict[str, Any], groups: int) -> list[str]:
         f"prompts over {truncation['max_prompt_tokens']} tokens",
         f"responses over {truncation['max_response_tokens']}",
     )
-    return [
+    lines = [
         _counted(truncation["prompts_over"], prompts, []),
         _counted(truncation["responses_over"], f"{responses} tokens", []),
         _counted(
@@ -220,6 +222,9 @@ def _budget_lines(truncation: dict[str, Any], groups: int) -> list[str]:
             [],
         ),
     ]
+    if truncation["on_overlong"] == "truncate":
+        lines.append(_counted(truncation["partly_over"], "groups with a response that is cut beside one that ends", []))
+    return lines
 
 
 def _bias_lines(bias: dict[str, Any] | None) -> list[str]:

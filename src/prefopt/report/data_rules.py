@@ -14,6 +14,7 @@ DUPLICATE_SHARE = 0.01
 CONTRADICTION_SHARE = 0.01
 REFUSED_SHARE = 0.05
 OVERLONG_SHARE = 0.05
+PARTLY_CUT_SHARE = 0.05
 RARE_CLASS_SHARE = 0.1
 
 
@@ -106,6 +107,20 @@ def overlong(known: Known) -> Finding | None:
         "warning",
         "Many rows are over the token budget. Raise data.max_prompt_tokens or data.max_response_tokens if memory allows.",
         f"{int(over):,} of {int(groups):,} groups; on_overlong: {part(known.audit, 'truncation', 'on_overlong')}",
+    )
+
+
+def partly_cut(known: Known) -> Finding | None:
+    """Responses that were cut beside ones that end: telling them apart needs no preference."""
+    cut = part(known.audit, "truncation") or {}
+    partly, groups = (number(value) for value in (cut.get("partly_over"), known.audit.get("groups")))
+    if cut.get("on_overlong") != "truncate" or not partly or not groups or partly / groups <= PARTLY_CUT_SHARE:
+        return None
+    return Finding(
+        "warning",
+        "In many groups one response was cut and another ends. Which of them ends can be learned instead of which is better: set"
+        " data.on_overlong=drop, or raise data.max_response_tokens.",
+        f"{int(partly):,} of {int(groups):,} groups; cut at {cut.get('max_response_tokens')} tokens",
     )
 
 

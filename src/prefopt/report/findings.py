@@ -38,6 +38,7 @@ RULES: tuple[Rule, ...] = (
     data_rules.duplicates,
     data_rules.refused,
     data_rules.overlong,
+    data_rules.partly_cut,
     data_rules.rare_class,
     training_rules.past_best,
     training_rules.clipped,
