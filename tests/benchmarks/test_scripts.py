@@ -53,7 +53,21 @@ def test_lengths_does_the_same_work_on_both_sides(words: list[str], tmp_path: Pa
 
 
 def test_kway_counts_the_tokens_of_each_way_and_the_log_probs_agree(tmp_path: Path) -> None:
-    sizes = ["--model", "tiny-llama", "--prompt", "20", "--response", "6", "--repeats", "1", "-k", "2", "3"]
+    sizes = [
+        "--model",
+        "tiny-llama",
+        "--prompt",
+        "20",
+        "--response",
+        "6",
+        "--repeats",
+        "1",
+        "-k",
+        "2",
+        "3",
+        "--precision",
+        "fp32",
+    ]
     for row in figures_of(tmp_path, "kway", *sizes):
         k = row["k"]
         assert row["tokens"] == {"one group": 20 + 6 * k, "separate rows": 26 * k, "pairs": 32 * (k - 1)}
@@ -92,7 +106,8 @@ def test_the_check_of_a_gpu_runs_from_its_first_part_to_its_last_on_tiny_shapes(
     for part in found["parts"]:
         if part["name"].startswith("steps"):
             ours, theirs = part["figures"]["lengths"]["HH-like"]
-            assert theirs["losses"] == pytest.approx(ours["losses"], abs=1e-4)
+            rounding = 1e-4 if found["facts"]["precision"] == "fp32" else 0.05  # in bf16 where the machine multiplies it
+            assert theirs["losses"] == pytest.approx(ours["losses"], abs=rounding)
 
 
 def test_a_part_that_does_not_fit_in_the_time_is_skipped_with_a_line(tmp_path: Path) -> None:

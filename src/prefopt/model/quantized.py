@@ -13,6 +13,7 @@ reference, and results would depend on how a step falls into micro-batches. Here
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -71,8 +72,11 @@ class _Frozen:
             return codes.float().mul_(scale[:, None] / 127).to(dtype)
         state = copy.copy(weight.quant_state)
         state.dtype = dtype
+        shape, numbers = state.shape, math.prod(state.shape)
+        if numbers % state.blocksize == 0:  # a block a row: its kernel for AVX-512 takes a block that two rows share for two
+            state.shape = torch.Size((numbers // state.blocksize, state.blocksize))
         found: Tensor = bitsandbytes_of("nf4").functional.dequantize_4bit(weight.data, state)
-        return found
+        return found.reshape(shape)
 
 
 _KINDS: dict[type, type] = {}
