@@ -198,7 +198,7 @@ def test_a_single_micro_batch_is_added_exactly(tmp_path: Path) -> None:
             assert float((gradient.float() - wanted).abs().max()) <= 2**-6 * float(wanted.abs().max())
         else:
             assert torch.equal(gradient.float(), wanted)
-    assert half.optimizer.clip() == pytest.approx(plain.optimizer.clip(), rel=1e-3)
+    assert half.optimizer.clip() == pytest.approx(plain.optimizer.clip(), rel=1e-3)  # the tables are rounded
 
 
 @needs_bitsandbytes

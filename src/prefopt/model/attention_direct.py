@@ -1,8 +1,9 @@
 """Attention on a CPU by torch's flash kernel itself, all segments of a layer in one autograd function.
 
 One call of SDPA a segment, as `attention_segments` makes it, has autograd keep every output twice and handle several small
-tensors a segment. And the kernel's backward in bf16 prepares each of its small products anew: up to some hundred tokens it takes
-longer than in fp32 (benchmarks/RESULTS.md), so there the backward is computed in fp32, which is also closer.
+tensors a segment. And the kernel's backward in bf16 prepares each of its small products anew: with segments of some fifty tokens
+it takes twice as long as in fp32, with some hundreds as long (benchmarks/RESULTS.md). So there the backward is computed in fp32,
+which is closer.
 
 Shapes: H query heads, h key/value heads, T tokens, E head size; Q queries and K keys of a segment.
 """
@@ -21,7 +22,7 @@ from prefopt.model.layout import Layout, Segment
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 _BACKWARD = f"{_FORWARD}_backward"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_FP32_BACKWARD = 768  # queries of a segment up to which its backward in fp32 is the faster one
+_FP32_BACKWARD = 768  # queries of a segment up to which its backward in fp32 takes no longer than in bf16
 _KNOWS_SHARED_KEYS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)  # else each is given to each head
 
 
