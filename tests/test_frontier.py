@@ -109,7 +109,7 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
     (tmp_path / "eval.txt").write_text("What of it?\nAnd now?\n")
     found = World()
     monkeypatch.setattr(stages_module, "train_run", found.train)
-    monkeypatch.setattr(module, "load_model", lambda name: name)
+    monkeypatch.setattr(module, "load_model", lambda name, precision: name)
     monkeypatch.setattr(module, "policy_point", found.measure)
     monkeypatch.setattr(module, "reference_point", found.measure_reference)
     monkeypatch.setattr(module, "best_of_n_points", found.measure_best)
@@ -157,6 +157,25 @@ def test_nothing_is_made_twice(world: World, tmp_path: Path) -> None:
     run(tmp_path / "out", "frontier.betas=[0.1,0.5,1]")
     added = Counter(name.split("-seed0")[0] for name in world.done[len(before) :])
     assert added == {"dpo-1": 8, "measures dpo-1": 4}, "one more beta is one more run"
+
+
+def test_evaluations_in_another_precision_are_others(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` is bf16 on one machine and fp32 on another: one table never holds both."""
+    precisions: list[str] = []
+
+    def load(name: str, precision: str) -> str:
+        precisions.append(precision)
+        return name
+
+    monkeypatch.setattr(module, "load_model", load)
+    run(tmp_path / "out", "train.precision=fp32")
+    assert set(precisions) == {"fp32"} and len(precisions) == 3 * 4 + 1
+    before = list(world.done)
+    run(tmp_path / "out", "train.precision=fp32", "frontier.evaluation.precision=bf16")
+    added = world.done[len(before) :]
+    assert len(added) == 3 * 4 + 1 and all("measures" in name for name in added), "no run is trained again"
+    run(tmp_path / "out", "train.precision=fp32", "frontier.evaluation.precision=auto")
+    assert len(world.done) == len(before) + len(added), "auto is fp32 where bf16 is not native"
 
 
 MOMENTS = 3 * (8 + 1) + 3 * 4 + 1  # steps and ends of three runs, their evaluations, and that of best-of-n

@@ -32,6 +32,7 @@ from prefopt.evaluate.frontier import REFERENCE, Point, frontier_csv, frontier_j
 from prefopt.evaluate.frontier_points import best_of_n_points, policy_point, reference_point
 from prefopt.model.engine import LanguageModel
 from prefopt.model.load import load_model, load_tokenizer, model_facts, model_folder
+from prefopt.model.precision import compute_dtype, pick_device
 from prefopt.preparing import prepare_rows, steps_of
 from prefopt.report.frontier import save_frontier_figure
 from prefopt.rollout.prompts import Prompt, read_prompts
@@ -65,9 +66,14 @@ class _Judge:
         own = self.plan.best_of_n.reward if self.plan.best_of_n is not None else None
         return self.reward if own in (None, self.plan.evaluation.reward) else load_reward(str(own))
 
+    @property
+    def precision(self) -> str:
+        """Of the policies that are judged, and of the reference."""
+        return self.plan.evaluation.precision or "auto"
+
     @cached_property
     def reference(self) -> LanguageModel:
-        return load_model(self.plan.reference)
+        return load_model(self.plan.reference, precision=self.precision)
 
     @cached_property
     def settings(self) -> SampleSettings:
@@ -78,9 +84,10 @@ class _Judge:
 
     @cached_property
     def key(self) -> str:
-        """Names the evaluation by content: of prompts, reward and reference, and its settings."""
+        """Names the evaluation by content: of prompts, reward and reference, its settings, and what it is computed in."""
         judged = self.plan.evaluation
         given = judged.model_dump(exclude={"batch_size", "reference", "prompts", "reward"})
+        given["precision"] = str(compute_dtype(self.precision, pick_device())[0])  # `auto` is not the same everywhere
         contents = [content_of(judged.prompts), reward_content(judged.reward), content_of(self.plan.reference)]
         return digest(json.dumps(given, sort_keys=True), self.plan.template, *contents)
 
@@ -197,7 +204,7 @@ class _Frontier:
         judge = self.judge
 
         def measure() -> Any:
-            policy = load_model(str(run.checkpoints / f"step-{step:06d}"))
+            policy = load_model(str(run.checkpoints / f"step-{step:06d}"), precision=judge.precision)
             seed = self.plan.evaluation.seed
             return policy_point(policy, judge.reference, judge.prompts, judge.reward, judge.settings, seed=seed)
 
@@ -236,9 +243,10 @@ def make_frontier(
     """Train and evaluate what `plan` asks for, below `output`, and give the contents of frontier.json.
 
     Finished runs and evaluations are found again by content, an interrupted run goes on from its newest checkpoint: a
-    killed call is repeated. Several calls on one folder share the work; each ends when all is done. A run that ends with a TrainingError, such as a loss that is not finite, is left out and
-    listed under "failed"; `resume` goes on from its newest checkpoint. `prune`: keep the last checkpoint of a run only, once all are evaluated. `sqrt_kl`: the
-    figure's axis. Raises what `train_stages` and `train_run` raise.
+    killed call is repeated. Several calls on one folder share the work; each ends when all is done. A run that ends with a
+    TrainingError, such as a loss that is not finite, is left out and listed under "failed"; `resume` goes on from its newest
+    checkpoint. `prune`: keep the last checkpoint of a run only, once all are evaluated. `sqrt_kl`: the figure's axis. Raises
+    what `train_stages` and `train_run` raise.
     """
     content_of.cache_clear()  # files may have changed since an earlier call
     check_plan(plan, output)

@@ -92,6 +92,14 @@ def test_words_reach_the_section_one_method_or_all() -> None:
     assert plan(recipe(), "frontier.checkpoints=2", checkpoints=7).checkpoints == 7
 
 
+def test_policies_are_judged_in_the_precision_of_the_runs_or_in_their_own() -> None:
+    assert plan(recipe()).evaluation.precision == "auto"
+    assert plan(recipe(), "train.precision=fp32").evaluation.precision == "fp32"
+    words = ["train.precision=fp32", "frontier.evaluation.precision=bf16"]
+    assert plan(recipe(), *words).evaluation.precision == "bf16"
+    assert "frontier.evaluation.precision" in refusal(recipe(), "frontier.evaluation.precision=fp16")
+
+
 def test_stages_come_first_and_methods_name_their_runs() -> None:
     given = recipe(
         {"dpo": {}, "ppo": {"rollout": {"prompts": "p.txt", "reward": "model:{rm}"}}, "best-of-n": {"reward": "model:{rm}"}}

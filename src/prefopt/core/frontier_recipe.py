@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -44,6 +44,9 @@ class EvaluationSection(Section):
     max_new_tokens: int = Field(64, ge=1, description="Longest response.")
     seed: int = Field(0, description="Seed of the samples and of the bootstrap.")
     batch_size: int = Field(32, ge=1, description="Responses in progress at once.")
+    precision: Literal["auto", "bf16", "fp32"] | None = Field(
+        None, description="Of samples and KL; by default train.precision."
+    )
     reference: str | None = Field(None, description="What KL is measured from; by default model.name of the methods.")
 
 
@@ -150,8 +153,9 @@ def expand_frontier(
     for job in jobs:
         check_uses(stages, Stage(job.method, job.config, job.uses), f'method "{job.method}"')
     defaults, _ = maker.values({}, [], "frontier.defaults")
+    precision = section.evaluation.precision or value_at(defaults, ["train", "precision"]) or "auto"
     return FrontierPlan(
-        evaluation=section.evaluation,
+        evaluation=_section(EvaluationSection, {**judged, "precision": precision}, "frontier.evaluation", where),
         reference=section.evaluation.reference or str(value_at(defaults, ["model", "name"]) or ModelConfig().name),
         template=str(value_at(defaults, ["data", "template"]) or "auto"),
         checkpoints=section.checkpoints,
