@@ -158,6 +158,19 @@ def test_optional_columns_are_read() -> None:
     assert json.loads(group.tools) == row["tools"]
 
 
+def test_messages_of_both_conversations_are_read_once_and_the_others_named() -> None:
+    turns = [{"role": "user", "content": "Why é?"}, {"from": "gpt", "value": "What?"}, {"role": "user", "content": "That."}]
+    group = one_group({"chosen": [*turns, *CHOSEN], "rejected": [*turns, *REJECTED]})
+    assert [turn.content for turn in group.prompt] == ["Why é?", "What?", "That."]
+    assert group.responses == ((GOOD,), (POOR,))
+    groups = load_groups([{"chosen": [*turns, *CHOSEN], "rejected": [*turns[:2], {"role": "nobody", "content": "That."}]}])
+    assert [bad.field for bad in groups.bad] == ["rejected[2].role"]
+    calls = [{"role": "assistant", "content": "", "tool_calls": [{"arguments": value}]} for value in (1, 1.0)]
+    with_calls = [[turns[0], call, *answer] for call, answer in zip(calls, (CHOSEN, REJECTED), strict=True)]
+    group = one_group({"chosen": with_calls[0], "rejected": with_calls[1]})
+    assert len(group.prompt) == 1, "1 and 1.0 are equal and not the same JSON"
+
+
 def test_a_system_turn_in_front_of_a_repeated_prompt_is_kept() -> None:
     system = {"role": "system", "content": "Be brief"}
     group = one_group({"prompt": "Why?", "chosen": [system, *PROMPT, *CHOSEN], "rejected": [system, *PROMPT, *REJECTED]})

@@ -108,7 +108,9 @@ def test_filled_skeletons_are_what_the_template_writes(name: str) -> None:
     assert fast.skeletons is not None
     calls = '[{"type": "function", "function": {"name": "f", "arguments": {}}}]'
     texts = st.sampled_from(TEXTS) | st.text(max_size=9)
-    turn = st.builds(Turn, st.sampled_from(ROLES), texts) | st.builds(Turn, st.just("assistant"), texts, st.just(calls))
+    turn = st.builds(Turn, st.sampled_from(ROLES), texts, st.just("")) | st.builds(
+        Turn, st.just("assistant"), texts, st.just(calls)
+    )
 
     @given(turns=st.lists(turn, min_size=1, max_size=4), tools=st.sampled_from(("", '[{"name": "f"}]')), generate=st.booleans())
     @settings(max_examples=150, deadline=None)

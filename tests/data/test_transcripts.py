@@ -12,7 +12,9 @@ from prefopt.data.groups import Turn
 from prefopt.data.transcripts import common_turns, is_hh, is_word_boundary, join_hh, split_common_prefix, split_hh
 
 CONTENT = st.text(max_size=40).map(lambda text: re.sub(r"\n\n(?=Human:|Assistant:)", "", text).rstrip("\n"))
-HH_TURNS = st.lists(st.builds(Turn, st.sampled_from(["user", "assistant"]), CONTENT), min_size=1, max_size=6).map(tuple)
+HH_TURNS = st.lists(st.builds(Turn, st.sampled_from(["user", "assistant"]), CONTENT, st.just("")), min_size=1, max_size=6).map(
+    tuple
+)
 WORDS = st.lists(
     st.sampled_from(["a", "ab", "abc", "b", "don't", " ", "  ", "\n", "\n\n", "é", "e\u0301", "你好。", "ok?"]), max_size=12
 )

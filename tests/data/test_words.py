@@ -118,8 +118,8 @@ def test_the_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(40):
         texts = [f"{number} {number + 1000} {'x' * 60}{number} and so on"]
         assert [ids.tolist() for ids in encoder.encode(texts)] == whole(inner)(texts)
-        assert len(encoder.first) + len(encoder.later) < 120
-        assert max(map(len, encoder.later)) <= 48
+        assert len(encoder.known) < 120 and encoder.table.count < 120
+        assert max(map(len, encoder.known)) <= 48
 
 
 def changed(name: str, **parts: Any) -> Tokenizer:

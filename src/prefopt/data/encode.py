@@ -6,7 +6,6 @@ what a model sees when it generates, and it makes the prompt the same token list
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any, Literal
@@ -17,8 +16,7 @@ from prefopt.core.errors import DataError, ModelError
 from prefopt.data.groups import NO_PROMPT, BadRow, Group, GroupSet, Turn
 from prefopt.data.refusals import Reason
 from prefopt.data.render import Piece, Renderer, UnusableTemplate, make_renderer
-from prefopt.data.text_encoder import Batch, Known, TextEncoder
-from prefopt.data.tokenizer_process import TokenizerProcesses
+from prefopt.data.text_encoder import Known, TextEncoder
 from prefopt.data.tokens import Flags as Flags
 from prefopt.data.tokens import Ids as Ids
 from prefopt.data.tokens import TokenGroup as TokenGroup
@@ -27,9 +25,6 @@ from prefopt.data.tokens import TokenSet as TokenSet
 TrainOn = Literal["all", "last"]
 
 _ROWS_TOGETHER = 512  # texts of so many rows are tokenised at once, and no more of them are held
-_CHUNKS_HELD = 8  # that wait for one before them
-
-Rendered = tuple[int, Group, tuple[Piece, list[list[Piece]]]]
 
 
 def encode_groups(groups: GroupSet, tokenizer: Any, *, template: str = "auto", train_on: TrainOn = "all") -> TokenSet:
@@ -47,23 +42,15 @@ def encode_groups(groups: GroupSet, tokenizer: Any, *, template: str = "auto", t
 class Encoding:
     """Token ids of groups one after another, as in `encode_groups`; what is held meanwhile does not grow with the rows.
 
-    `bad` and `special_text` are those of the groups so far. `processes` take a part of the work.
+    `bad` and `special_text` are those of the groups so far.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        *,
-        template: str = "auto",
-        train_on: TrainOn = "all",
-        processes: TokenizerProcesses | None = None,
-    ) -> None:
+    def __init__(self, tokenizer: Any, *, template: str = "auto", train_on: TrainOn = "all") -> None:
         self.tokenizer = tokenizer
         self.template = template
         self.train_on = train_on
         self.encoder = TextEncoder(tokenizer)
         self.special_text: list[str] = []
-        self.processes = processes
         self._renderers: dict[str, Renderer] = {}
         self._unrendered: list[BadRow] = []
         self._untokenised: list[BadRow] = []
@@ -75,28 +62,15 @@ class Encoding:
 
     def of(self, groups: Iterable[Group]) -> Iterator[tuple[int, TokenGroup]]:
         """(place in `groups`, token ids) of every group that is not refused."""
-        for chunk, known in self._with_ids(self._chunks(groups)):
+        numbered = enumerate(groups)
+        while together := list(islice(numbered, _ROWS_TOGETHER)):
+            chunk = [(place, group, pieces) for place, group in together if (pieces := self._rendered(group)) is not None]
+            texts = chain.from_iterable((prompt, *chain.from_iterable(responses)) for _, _, (prompt, responses) in chunk)
+            known = self.encoder.encode(texts)
             for place, group, (prompt, responses) in chunk:
                 made = self._tokenised(group, prompt, responses, known)
                 if made is not None:
                     yield place, made
-
-    def _chunks(self, groups: Iterable[Group]) -> Iterator[list[Rendered]]:
-        numbered = enumerate(groups)
-        while chunk := list(islice(numbered, _ROWS_TOGETHER)):
-            yield [(place, group, pieces) for place, group in chunk if (pieces := self._rendered(group)) is not None]
-
-    def _with_ids(self, chunks: Iterable[list[Rendered]]) -> Iterator[tuple[list[Rendered], Known]]:
-        """Each chunk with the ids of its texts, in order. Processes take chunks while they have little to do."""
-        waiting: deque[tuple[list[Rendered], Batch]] = deque()
-        for chunk in chunks:
-            texts = ((prompt, *chain.from_iterable(responses)) for _, _, (prompt, responses) in chunk)
-            waiting.append((chunk, self.encoder.batch(chain.from_iterable(texts), self.processes)))
-            while waiting and (waiting[0][1].is_done or len(waiting) > _CHUNKS_HELD):
-                chunk, batch = waiting.popleft()
-                yield chunk, self.encoder.known_of(batch)
-        for chunk, batch in waiting:
-            yield chunk, self.encoder.known_of(batch)
 
     def _rendered(self, group: Group) -> tuple[Piece, list[list[Piece]]] | None:
         """Prompt and responses as text; None, and a BadRow, where that cannot be."""

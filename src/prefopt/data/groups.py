@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from prefopt.core.losses.facts import Kind
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(NamedTuple):
     """One message of a conversation. `tool_calls` is the JSON text of an assistant's calls, "" without any."""
 
     role: str

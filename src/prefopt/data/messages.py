@@ -41,7 +41,27 @@ def to_turns(value: Any, field: str) -> tuple[Turn, ...]:
     """Turns of a message or a list of messages."""
     if isinstance(value, Mapping):
         return (to_turn(value, field),)
-    return tuple(_usual(message) or to_turn(message, f"{field}[{index}]") for index, message in enumerate(listed(value, field)))
+    return _turns(listed(value, field), field, 0)
+
+
+def both_turns(first: Any, second: Any, fields: tuple[str, str]) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
+    """`to_turns` of two conversations, of which what they begin with in common is looked at once."""
+    turns = to_turns(first, fields[0])
+    if type(first) is not list or type(second) is not list:
+        return turns, to_turns(second, fields[1])
+    same = 0
+    for one, other in zip(first, second, strict=False):
+        if one != other or "tool_calls" in one:
+            break
+        same += 1
+    return turns, turns[:same] + _turns(second, fields[1], same)
+
+
+def _turns(messages: Sequence[Any], field: str, start: int) -> tuple[Turn, ...]:
+    """Turns of `messages` from `start` on."""
+    return tuple(
+        _usual(message) or to_turn(message, f"{field}[{index}]") for index, message in enumerate(messages[start:], start=start)
+    )
 
 
 def _usual(message: Any) -> Turn | None:

@@ -14,7 +14,7 @@ from prefopt.core.memory import collector_paused
 from prefopt.data.feedback import finished, label_feedback, pair_feedback, ranking_feedback, scores_feedback
 from prefopt.data.group_store import kept
 from prefopt.data.groups import NO_PROMPT, BadRow, Feedback, Group, GroupSet, Turn
-from prefopt.data.messages import MESSAGE_KEYS, is_listed, json_text, listed, to_turns
+from prefopt.data.messages import MESSAGE_KEYS, both_turns, is_listed, json_text, listed, to_turns
 from prefopt.data.read import RawRows, Row, find_rows
 from prefopt.data.refusals import Reason, Refusal, check_text
 from prefopt.data.transcripts import HH_MARKERS, common_turns, is_hh, split_common_prefix, split_hh
@@ -178,7 +178,7 @@ def _transcripts(row: Row, source: str) -> Group:
         return _group(row, source, (Turn("user", prompt),), responses, feedback, "text")
     if isinstance(chosen, str) and isinstance(rejected, str):
         return _hh_transcripts(row, source, chosen, rejected, feedback)
-    first, second = to_turns(chosen, "chosen"), to_turns(rejected, "rejected")
+    first, second = both_turns(chosen, rejected, ("chosen", "rejected"))
     cut = common_turns(first, second)
     if cut == 0:
         found = (_outline(first), _outline(second))

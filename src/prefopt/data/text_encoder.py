@@ -1,16 +1,13 @@
-"""Pieces of text -> token ids: in batches, here or in another process, each distinct text once."""
+"""Pieces of text -> token ids: in batches, each distinct text once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from prefopt.data.render import Piece
-from prefopt.data.tokenizer_process import FAILURES, TokenizerProcesses
 from prefopt.data.tokens import Ids
 from prefopt.data.words import WordEncoder, word_encoder
 
@@ -19,19 +16,6 @@ _NONE = np.zeros(0, dtype=np.int32)
 
 Key = tuple[str, bool, bool]  # a part of a text, whether it is literal, whether it is anchored
 Known = dict[Key, Ids]
-
-
-@dataclass
-class Batch:
-    """Parts of texts that are tokenised together: here (`known`), or by another process (`elsewhere`, but the literal ones)."""
-
-    keys: list[Key]
-    known: Known | None = None
-    elsewhere: Future[list[Ids]] | None = None
-
-    @property
-    def is_done(self) -> bool:
-        return self.elsewhere is None or self.elsewhere.done()
 
 
 class TextEncoder:
@@ -51,47 +35,31 @@ class TextEncoder:
 
     def encode(self, pieces: Iterable[Piece]) -> Known:
         """Ids of every part of `pieces`."""
-        return self.known_of(self.batch(pieces))
-
-    def batch(self, pieces: Iterable[Piece], processes: TokenizerProcesses | None = None) -> Batch:
-        """The parts of `pieces`, tokenised or given to one of `processes` that has little to do."""
         keys = list(dict.fromkeys(key for piece in pieces for key in self._keys(piece)))
-        if processes is not None and processes.free:
-            return Batch(keys, elsewhere=processes.submit(_texts(key for key in keys if not key[1])))
-        return Batch(keys, known=self._known(keys))
-
-    def known_of(self, batch: Batch) -> Known:
-        """Ids of every part of a batch, waited for if need be."""
-        if batch.known is not None:
-            return batch.known
-        assert batch.elsewhere is not None
-        obeyed = [key for key in batch.keys if not key[1]]
-        try:
-            found = batch.elsewhere.result()
-        except FAILURES:
-            return self._known(batch.keys)
-        return self._without_anchors(obeyed, found) | self._known([key for key in batch.keys if key[1]])
-
-    def _known(self, keys: Sequence[Key]) -> Known:
         known: Known = {}
         for literal in (False, True):
             chosen = [key for key in keys if key[1] is literal]
             if chosen:
-                known |= self._without_anchors(chosen, self._encode(_texts(chosen), literal=literal))
+                texts = [("\n" if anchored else "") + text for text, _, anchored in chosen]
+                found = self._encode(texts, literal=literal)
+                known |= {key: ids[len(self.anchor) :] if key[2] else ids for key, ids in zip(chosen, found, strict=True)}
         return known
-
-    def _without_anchors(self, keys: Sequence[Key], encoded: Sequence[Ids]) -> Known:
-        anchor = len(self.anchor)
-        return {key: ids[anchor:] if key[2] else ids for key, ids in zip(keys, encoded, strict=True)}
 
     def _encode(self, texts: list[str], *, literal: bool) -> list[Ids]:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is not None and not literal and not self._words_sought and len(texts) >= _TEXTS_FOR_WORDS:
-            self._words = word_encoder(backend, self._whole_texts)
+            self._words = word_encoder(backend, self._words_of)
             self._words_sought = True
         if self._words is not None and not literal:
             return self._words.encode(texts)
         return [np.array(ids, dtype=np.int32) for ids in self._whole_texts(texts, literal=literal)]
+
+    def _words_of(self, texts: list[str]) -> list[list[int]]:
+        """`_whole_texts` without what is not needed of it: where in a text each token is."""
+        backend = self.tokenizer.backend_tokenizer
+        if backend.truncation or backend.padding or backend.encode_special_tokens:  # of a call before
+            return self._whole_texts(texts)
+        return [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _whole_texts(self, texts: list[str], *, literal: bool = False) -> list[list[int]]:
         found: list[list[int]] = self.tokenizer(
@@ -117,8 +85,3 @@ class TextEncoder:
     def _ids(self, piece: Piece, known: Known) -> Ids:
         keys = self._keys(piece)
         return known[keys[0]] if len(keys) == 1 else np.concatenate((_NONE, *(known[key] for key in keys)))
-
-
-def _texts(keys: Iterable[Key]) -> list[str]:
-    """What is tokenised for each part: with a newline in front of those that are anchored."""
-    return [("\n" if anchored else "") + text for text, _, anchored in keys]

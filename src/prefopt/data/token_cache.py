@@ -16,7 +16,6 @@ from prefopt.data.encode import Encoding, TokenSet, TrainOn, encode_groups
 from prefopt.data.group_store import group_contents, group_feedbacks
 from prefopt.data.groups import BadRow, GroupSet
 from prefopt.data.token_store import read_tokens, writing_tokens
-from prefopt.data.tokenizer_process import tokenizer_processes
 
 # Raised whenever rendering or tokenising can give other ids for the same text, or the file has another form.
 ENCODING_VERSION = 3
@@ -37,12 +36,8 @@ def cached_encoding(
             return _read(path, groups)
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
             path.unlink(missing_ok=True)
-    with (
-        collector_paused(),
-        tokenizer_processes(tokenizer, len(groups.groups)) as processes,
-        writing_tokens(path) as writer,
-    ):
-        encoding = Encoding(tokenizer, template=template, train_on=train_on, processes=processes)
+    with collector_paused(), writing_tokens(path) as writer:
+        encoding = Encoding(tokenizer, template=template, train_on=train_on)
         for place, group in encoding.of(groups.groups):
             writer.add(place, group)
         writer.notes = {"bad": [asdict(row) for row in encoding.bad], "special_text": encoding.special_text}

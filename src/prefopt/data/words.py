@@ -11,21 +11,31 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
 
 from prefopt.data.tokens import Ids
+from prefopt.data.word_table import (
+    WhereCut,
+    Word,
+    WordTable,
+    at_every_space,
+    at_last_spaces,
+    at_last_spaces_but_of_digits,
+    stretch_bytes,
+)
 
 _MARK = "▁"  # SentencePiece's space
 _WORDS_KEPT = 2**18
 _WORDS_TOGETHER = 256
+_TEXTS_FIRST = 64  # that an empty table learns from, before many texts ask it for the same words
+_WORDS_FIRST = 512
 _CHARACTERS_KEPT = 48  # longer words do not come again
 EncodeTexts = Callable[[list[str]], list[list[int]]]
-Looked = tuple[list[str], list[bytes | None]]  # words of a stretch of text, ids of each that is known
 
 _LAST_SPACE = re.compile(" (?=[^ ])")
 _LAST_SPACE_BUT_OF_DIGITS = re.compile(r"(?<!\s) (?=[^ ])| (?=[!-/:-~])")
@@ -48,10 +58,12 @@ class Cuts:
     """Where a text may be cut: before a space between `before` and `word` where `ends(before)` and `starts(word)`.
 
     `split` gives the words of a text without the spaces between them; no word holds a space and something else behind it.
-    `space` is what the tokenizer is given in front of a word that is not the first, so that it has its space.
+    `where` finds the same places in bytes, or fewer where those of one word would have to be read to know. `space` is what
+    the tokenizer is given in front of a word that is not the first, so that it has its space.
     """
 
     split: Callable[[str], list[str]]
+    where: WhereCut
     starts: Callable[[str], bool]
     ends: Callable[[str], bool]
     space: str
@@ -70,92 +82,87 @@ class WordEncoder:
         self.mark, self.mark_id = mark, mark_id
         one = f"(?:{'|'.join(map(re.escape, sorted(added, key=len, reverse=True)))})"
         self.between = re.compile(rf"({one}(?:\n?{one})*(?:\n\Z)?)")  # the end of a turn and the beginning of the next: one
-        self.first: dict[str, bytes] = {}  # what is between stretches, and words at the start of one -> int32 ids
-        self.later: dict[str, bytes] = {}
+        self.known: dict[str, bytes] = {}  # what the tokenizer was given for a word -> int32 ids
+        self.table = WordTable()  # the short ones of them, beside which a text can be cut
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """Ids of each text; the arrays are read-only."""
-        for known in (self.first, self.later):
-            if len(known) > _WORDS_KEPT:
-                known.clear()
-        # Words are looked up as soon as they are cut: few of them are alive at a time, and those lie in the processor's cache.
-        first, later, split = self.first.get, self.later.get, self.cuts.split
-        made: list[bytes] = []
-        counts: list[int] = []  # of stretches, for each text
-        left: dict[int, Looked] = {}  # stretches that have unknown words
+        if max(len(self.known), self.table.count) > _WORDS_KEPT:
+            self.known.clear()
+            self.table.clear()
+        first = _TEXTS_FIRST if self.table.count < _WORDS_FIRST else 0
+        return [*self._together(texts[:first]), *self._together(texts[first:])]
+
+    def _together(self, texts: Sequence[str]) -> list[Ids]:
+        stretches: list[str] = []
+        parts: list[bytes] = []
+        counts = [0]  # of stretches, up to each text
+        codes = self.table.codes
         for text in texts:
-            before = len(made)
-            for stretch in self.between.split(text):
-                if stretch:
-                    words = split(stretch)
-                    ids = [first(words[0]), *map(later, words[1:])]
-                    if None in ids:
-                        left[len(made)] = words, ids
-                        made.append(b"")
-                    else:
-                        made.append(b"".join(ids))  # type: ignore[arg-type]
-            counts.append(len(made) - before)
-        for place, stretch_ids in zip(left, self._learned(left.values()), strict=True):
-            made[place] = stretch_ids
-        in_order = iter(made)
-        return [np.frombuffer(b"".join(islice(in_order, count)), dtype=np.int32) for count in counts]
+            for place, stretch in enumerate(self.between.split(text)):
+                if not stretch:
+                    continue
+                if not place % 2:
+                    parts.append(stretch_bytes(stretch))
+                else:
+                    if stretch not in codes:
+                        self.table.add_code(stretch, self.encode_words([stretch])[0])
+                    parts.append(codes[stretch])
+                stretches.append(stretch)
+            counts.append(len(stretches))
+        if not parts:
+            return [np.zeros(0, dtype=np.int32)] * len(texts)
+        found = self.table.found(parts, self.cuts.where)
+        words = self._of_words(found.unknown())
+        uncut = sorted({int(found.stretch[number]) for number, ids in words.items() if ids is None})
+        row, ends = self.table.joined(found, words, self._of_stretches({number: stretches[number] for number in uncut}))
+        row.flags.writeable = False
+        bounds = np.concatenate((np.zeros(1, dtype=np.int64), ends))[counts]
+        return [row[start:end] for start, end in pairwise(bounds.tolist())]
 
-    def _learned(self, stretches: Iterable[Looked]) -> list[bytes]:
-        """Ids of stretches with unknown words, which are remembered."""
+    def _of_words(self, words: Sequence[Word]) -> dict[int, bytes | None]:
+        """Ids of words by their numbers; None where a text may have no cut beside one."""
+        starts, ends, space = self.cuts.starts, self.cuts.ends, self.cuts.space
+        given = {
+            word.number: (word.text if word.is_first else space + word.text)
+            if ends(word.text) and (word.is_first or starts(word.text))
+            else None
+            for word in words
+        }
+        ids = self._ids(text for text in given.values() if text is not None)
+        for is_first in (True, False):
+            kept = {word.text for word in words if word.is_first is is_first and given[word.number] is not None}
+            self.table.add({text: ids[text if is_first else space + text] for text in kept}, is_first=is_first)
+        return {number: None if text is None else ids[text] for number, text in given.items()}
+
+    def _of_stretches(self, stretches: Mapping[int, str]) -> dict[int, bytes]:
+        """Ids of stretches, where words with no cut between them are put together."""
+        space = self.cuts.space
+        parted = [self._parted(stretch) for stretch in stretches.values()]
+        given = [[first, *(space + word for word in others)] for first, *others in parted]
+        ids = self._ids(chain.from_iterable(given))
+        return {number: b"".join(map(ids.__getitem__, texts)) for number, texts in zip(stretches, given, strict=True)}
+
+    def _parted(self, stretch: str) -> list[str]:
+        """The words of a stretch, put together where there is no cut between them."""
         starts, ends = self.cuts.starts, self.cuts.ends
-        new_first, new_later = _unknown(stretches)
-        first_ids, later_ids = self._encoded(
-            filter(ends, new_first), (word for word in new_later if starts(word) and ends(word))
-        )
-        self.first |= first_ids
-        self.later |= later_ids
-        # What is unknown then holds spaces that do not part the words around them.
-        parted = [self._filled(words, ids) for words, ids in stretches]
-        more_first, more_later = self._encoded(*_unknown(parted))
-        self.first |= more_first
-        self.later |= more_later
-        made = [b"".join(self._ids(words) if None in ids else ids) for words, ids in parted]  # type: ignore[arg-type]
-        self._forget(self.first, first_ids, more_first)
-        self._forget(self.later, later_ids, more_later)
-        return made
-
-    def _ids(self, words: list[str]) -> list[bytes | None]:
-        """Ids of the words of a stretch; None for those that are not known."""
-        return [self.first.get(words[0]), *map(self.later.get, words[1:])]
-
-    def _filled(self, words: list[str], ids: list[bytes | None]) -> Looked:
-        """A stretch with what is known by now: all its words, or they are put together where no cut is made."""
-        for place in _nones(ids):
-            ids[place] = self.later.get(words[place]) if place else self.first.get(words[0])
-        if None not in ids:
-            return words, ids
-        words = self._parted(words)
-        return words, self._ids(words)
-
-    def _forget(self, known: dict[str, bytes], new: Iterable[str], put_together: Iterable[str]) -> None:
-        """Drop long words, and those with which a word of `split` could be mistaken: only others have a space within."""
-        long = [word for word in new if len(word) > _CHARACTERS_KEPT]
-        for word in (*long, *(word for word in put_together if " " not in word or len(word) > _CHARACTERS_KEPT)):
-            known.pop(word, None)
-
-    def _parted(self, words: list[str]) -> list[str]:
-        """`words` with those put together between which no cut is made."""
-        starts, ends, known = self.cuts.starts, self.cuts.ends, self.later
-        found = words[:1]
-        ended = ends(words[0])
-        for word in words[1:]:
-            if ended and (word in known or starts(word)):
+        first, *words = self.cuts.split(stretch)
+        found = [first]
+        for word in words:
+            if ends(found[-1]) and starts(word):
                 found.append(word)
-                ended = word in known or ends(word)
             else:
                 found[-1] += " " + word
-                ended = ends(found[-1])
         return found
 
-    def _encoded(self, first: Iterable[str], later: Iterable[str]) -> tuple[dict[str, bytes], dict[str, bytes]]:
-        first, later = sorted(first), sorted(later)
-        ids = self.encode_words([*first, *(self.cuts.space + word for word in later)])
-        return dict(zip(first, ids, strict=False)), dict(zip(later, ids[len(first) :], strict=True))
+    def _ids(self, texts: Iterable[str]) -> dict[str, bytes]:
+        """Ids of each of `texts`. What is not known is tokenised, and kept if it may come again."""
+        wanted = sorted(set(texts))
+        new = [text for text in wanted if text not in self.known]
+        made = dict(zip(new, self.encode_words(new), strict=True))
+        found = made | {text: self.known[text] for text in wanted if text not in made}
+        self.known |= {text: ids for text, ids in made.items() if len(text) <= _CHARACTERS_KEPT}
+        return found
 
     def encode_words(self, words: Sequence[str]) -> list[bytes]:
         """Ids of each text of `words`, many in one text: what stands between special tokens is tokenised on its own."""
@@ -175,27 +182,11 @@ class WordEncoder:
         encoded = self.encode_texts(joined) if joined else []
         for places, found in zip(texts, encoded, strict=True):
             ids = np.array(found, dtype=np.int32)
-            marks = np.flatnonzero(ids == self.mark_id) if len(places) > 1 else np.zeros(0, np.int64)
-            for place, piece in zip(places, np.split(ids, marks), strict=True):
-                made[place] = piece[1:].tobytes() if place != places[0] else piece.tobytes()
+            marks = np.flatnonzero(ids == self.mark_id).tolist() if len(places) > 1 else []
+            data = ids.tobytes()
+            for place, begin, end in zip(places, [0, *(mark + 1 for mark in marks)], [*marks, len(ids)], strict=True):
+                made[place] = data[4 * begin : 4 * end]
         return made
-
-
-def _nones(ids: list[bytes | None]) -> Iterator[int]:
-    place = -1
-    for _ in range(ids.count(None)):
-        place = ids.index(None, place + 1)
-        yield place
-
-
-def _unknown(stretches: Iterable[Looked]) -> tuple[set[str], set[str]]:
-    """Words without ids: those at the start of a stretch, and the others."""
-    first: set[str] = set()
-    later: set[str] = set()
-    for words, ids in stretches:
-        for place in _nones(ids):
-            (later if place else first).add(words[place])
-    return first, later
 
 
 def word_encoder(backend: Any, encode_texts: EncodeTexts) -> WordEncoder | None:
@@ -245,10 +236,16 @@ def _byte_level(body: dict[str, Any]) -> Cuts | None:
         return bool(word) and not (word[0].isspace() or word.startswith(added))
 
     if not digits:
-        return Cuts(_at_last_spaces, starts, lambda _: True, " ")
+        return Cuts(_at_last_spaces, at_last_spaces, starts, lambda _: True, " ")
     # A digit leaves the space before it to the white space before that: no cut between the two. The only white space at the
     # end of a word that `_but_of_digits` has seen the next one of is a space.
-    return Cuts(_but_of_digits, starts, lambda word: word[-1:] == " " or not word[-1:].isspace(), " ")
+    return Cuts(
+        split=_but_of_digits,
+        where=at_last_spaces_but_of_digits,
+        starts=starts,
+        ends=lambda word: word[-1:] == " " or not word[-1:].isspace(),
+        space=" ",
+    )
 
 
 def _at_last_spaces(text: str) -> list[str]:
@@ -291,6 +288,7 @@ def _sentence_pieces(body: dict[str, Any]) -> Cuts | None:
     joining = (" ", _MARK, *added)
     return Cuts(
         split=lambda text: text.split(" "),
+        where=at_every_space,
         starts=lambda word: bool(word) and not word.startswith(added),
         ends=lambda word: bool(word) and not word.endswith(joining),
         space="",
