@@ -229,7 +229,7 @@ class WordTable:
         others = [*alone.values(), *whole.values()]
         lengths = np.array([len(ids) // 4 for ids in others], dtype=np.int64)
         places = self._used + np.cumsum(lengths) - lengths
-        starts, counts = found.starts, found.counts
+        starts, counts = found.starts.copy(), found.counts.copy()
         starts[list(alone)], counts[list(alone)] = places[: len(alone)], lengths[: len(alone)]
         counts[np.isin(found.stretch, list(stretches))] = 0
         starts[list(whole)], counts[list(whole)] = places[len(alone) :], lengths[len(alone) :]
