@@ -124,6 +124,14 @@ def test_no_text_of_the_run_becomes_markup(full_run: RunFolder) -> None:
         assert evil(place) in html.unescape(text)
 
 
+def test_a_token_budget_is_a_whole_number(full_run: RunFolder) -> None:
+    audit = full_run.read("audit.json")
+    assert audit is not None
+    audit["truncation"] |= {"max_prompt_tokens": None, "max_response_tokens": 96}
+    full_run.write("audit.json", audit)
+    assert "prompt –, response 96 tokens; over it: 4 prompts, 22 responses, 25 groups (drop)" in shown(page(full_run))
+
+
 def test_markdown_and_json_carry_the_numbers_of_the_page(kept_run: RunFolder) -> None:
     data, seen, markdown = report_data(kept_run), shown(kept(kept_run)), report_markdown(kept_run)
     assert json.loads(json.dumps(data, allow_nan=False)) == data

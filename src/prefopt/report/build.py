@@ -81,7 +81,7 @@ def audit_rows(audit: Mapping[str, Any]) -> list[tuple[str, str]]:
         found = f"{leak.get('prompts', 0):,} prompts and {leak.get('groups', 0):,} whole groups"
         rows.append(("Shared with held-out rows", f"{found} shared with {leak.get('against')}"))
     if cut := audit.get("truncation"):
-        budget = f"prompt {_shown(number(cut.get('max_prompt_tokens')))}, response {_shown(number(cut.get('max_response_tokens')))} tokens"
+        budget = f"prompt {_plain(cut.get('max_prompt_tokens'))}, response {_plain(cut.get('max_response_tokens'))} tokens"
         over = ", ".join(f"{cut.get(f'{side}_over', 0):,} {side}" for side in ("prompts", "responses", "groups"))
         rows.append(("Token budget", f"{budget}; over it: {over} ({cut.get('on_overlong')})"))
     for side, stats in (audit.get("tokens") or {}).items():
