@@ -106,14 +106,14 @@ def _chunks(tokens: int, vocabulary: int) -> list[slice]:
 
 
 def _chunk_logits() -> int:
-    return int(getattr(head_module, "_CHUNK_LOGITS", 2**25))
+    return head_module._CHUNK_LOGITS.get(pick_device().type, head_module._CHUNK_LOGITS_ELSEWHERE)
 
 
 @contextmanager
 def chunks_of(logits: int) -> Iterator[None]:
     """Within it a chunk of prefopt's head holds this many logits."""
-    before = _chunk_logits()
-    head_module._CHUNK_LOGITS = logits
+    before = head_module._CHUNK_LOGITS
+    head_module._CHUNK_LOGITS = {pick_device().type: logits}
     try:
         yield
     finally:

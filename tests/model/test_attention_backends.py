@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -24,6 +24,7 @@ from model.attention_cases import (
     with_gradients,
 )
 from prefopt.model import attention_direct, attention_flex, attention_segments, attention_varlen
+from prefopt.model import layout as layout_module
 from prefopt.model.layout import GroupSpan
 
 CPU = torch.device("cpu")
@@ -32,6 +33,14 @@ HEADS = st.sampled_from([(4, 2), (3, 3), (4, 1)])
 EVERY_LENGTH = [(5, (4, 7, 1)), (0, (3, 2)), (6, (9,)), (1, (1, 1, 1, 1))]
 
 Shapes = list[tuple[int, tuple[int, ...]]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def a_segment_for_each_response() -> Iterator[None]:
+    """Also of the short groups here, which would be computed as masked squares."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout_module, "_CALL_COST", {"cpu": 0})
+        yield
 
 
 @pytest.fixture(params=[torch_2_11, torch_2_13, flash_attn_2], ids=lambda function: function.__name__)
@@ -75,17 +84,18 @@ def test_the_package_caps_scores(kernel: Callable[..., Any]) -> None:
     assert furthest(with_gradients(attention_varlen.attend, tensors(layout), layout, **options), wanted) < EXACT
 
 
-@given(SHAPES, st.sampled_from(WINDOWS), HEADS, st.sampled_from([None, 0.7]), st.booleans())
-@settings(max_examples=40, deadline=None)
+@given(SHAPES, st.sampled_from(WINDOWS), HEADS, st.sampled_from([None, 0.7]), st.booleans(), st.sampled_from([1, 64]))
+@settings(max_examples=60, deadline=None)
 def test_the_kernel_called_directly_is_the_segments_in_values_and_gradients(
-    shapes: Shapes, window: int | None, heads: tuple[int, int], scaling: float | None, knows_shared_keys: bool
+    shapes: Shapes, window: int | None, heads: tuple[int, int], scaling: float | None, knows_shared_keys: bool, threads: int
 ) -> None:
-    """Also with a kernel of an older torch, which wants every key for every query head."""
+    """Also with a kernel of an older torch, which wants every key for every query head, and with more threads than key heads."""
     layout = layout_of(shapes)
     options: dict[str, Any] = {"scaling": scaling, "window": window, "softcap": None, "s_aux": None}
     wanted = with_gradients(attention_segments.attend, tensors(layout, heads=heads), layout, **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_direct, "_KNOWS_SHARED_KEYS", knows_shared_keys and attention_direct._KNOWS_SHARED_KEYS)
+        patch.setattr(torch, "get_num_threads", lambda: threads)
         found = with_gradients(attention_direct.attend, tensors(layout, heads=heads), layout, **options)
     assert furthest(found, wanted) < EXACT
 

@@ -10,7 +10,7 @@ from model.tiny_models import CONFIGS, UNSHARED, awkward_groups, causal_model, l
 from prefopt.model import layout
 from prefopt.model.batch import packed_batch, padded_batch, sum_per_response
 
-SQUARE, APART = 1e9, 0.0  # values of layout._SQUARE_COST that force one of the two ways to attend
+SQUARE, APART = 1e9, 0.0  # costs of a call that force one of the two ways to attend
 
 
 def of_each_response(values_N: torch.Tensor, response_N: torch.Tensor) -> list[torch.Tensor]:
@@ -20,7 +20,7 @@ def of_each_response(values_N: torch.Tensor, response_N: torch.Tensor) -> list[t
 @pytest.mark.parametrize("cost", [SQUARE, APART], ids=["square", "apart"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_packed_logps_are_those_of_the_plain_forward(name: str, cost: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "_SQUARE_COST", cost)
+    monkeypatch.setattr(layout, "_CALL_COST", {"cpu": cost})
     groups = awkward_groups()
     batch = packed_batch(groups, torch.device("cpu"))
     model = language_model(name)
@@ -37,7 +37,7 @@ def test_packed_logps_are_those_of_the_plain_forward(name: str, cost: float, mon
 @pytest.mark.parametrize("cost", [SQUARE, APART], ids=["square", "apart"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_packed_gradients_are_those_of_the_plain_forward(name: str, cost: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "_SQUARE_COST", cost)
+    monkeypatch.setattr(layout, "_CALL_COST", {"cpu": cost})
     groups = awkward_groups()[:4]
     batch = packed_batch(groups, torch.device("cpu"))
     signs = torch.tensor([(-1.0) ** number * (1 + number / 3) for number in range(batch.responses)])
@@ -87,7 +87,7 @@ def test_one_response_does_not_see_another(monkeypatch: pytest.MonkeyPatch) -> N
     victim = changed[2].response_ids[1]
     victim[:] = (victim + 1) % 61
     for cost in (SQUARE, APART):
-        monkeypatch.setattr(layout, "_SQUARE_COST", cost)
+        monkeypatch.setattr(layout, "_CALL_COST", {"cpu": cost})
         model = language_model("llama")
         batch = packed_batch(groups, model.device)
         with torch.no_grad():

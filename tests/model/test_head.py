@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from model.tiny_models import causal_model
 from prefopt.model import head
+from prefopt.model.footprint import without_data
 from prefopt.model.head import Head, head_of
 
 N, D, V = 23, 16, 37
+CPU = torch.device("cpu")
 
 
 def tensors(*, bias: bool, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -26,13 +30,22 @@ def dense(values: list[torch.Tensor], target: torch.Tensor, scale: float, softca
     return logits.log_softmax(-1)[torch.arange(len(target)), target]
 
 
-@pytest.mark.parametrize("rows", [1, 4, 23, 1000])
+# Rows of a chunk and of a block: all at once, several chunks of one block, several of each, rows that a block has none of.
+CUTS = [(1000, 1000), (23, 23), (4, 1000), (1, 1000), (4, 10), (1, 1), (1000, 7), (10, 4)]
+
+
+def cut_into(monkeypatch: pytest.MonkeyPatch, rows: int, block: int, dtype: torch.dtype = torch.float32) -> None:
+    monkeypatch.setattr(head, "_CHUNK_LOGITS", {"cpu": rows * V})
+    monkeypatch.setattr(head, "_BLOCK_BYTES", block * V * dtype.itemsize)
+
+
+@pytest.mark.parametrize(("rows", "block"), CUTS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.3, None), (1.0, 2.5), (1.7, 2.5)])
 def test_chunked_is_dense_in_value_and_gradient(
-    rows: int, bias: bool, scale: float, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+    rows: int, block: int, bias: bool, scale: float, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head, "_CHUNK_LOGITS", rows * V)
+    cut_into(monkeypatch, rows, block)
     target = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(5))
     weights = torch.randn(N, generator=torch.Generator().manual_seed(6))
     ours, theirs = tensors(bias=bias), [t.detach().double().requires_grad_() for t in tensors(bias=bias)]
@@ -48,7 +61,7 @@ def test_chunked_is_dense_in_value_and_gradient(
 
 def test_gradients_are_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32 inside, so a central difference with a wide step and a directional derivative of the sum."""
-    monkeypatch.setattr(head, "_CHUNK_LOGITS", 5 * V)
+    cut_into(monkeypatch, 5, 1000)
     target = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(5))
     values = tensors(bias=True)
     random = torch.Generator().manual_seed(9)
@@ -86,6 +99,48 @@ def test_bf16_logps_are_fp32_and_close_to_those_of_the_same_rounded_numbers() ->
     assert (ours - exact).abs().max() < 0.1
 
 
+@pytest.mark.parametrize(("rows", "block"), CUTS)
+@pytest.mark.parametrize("softcap", [None, 2.5])
+def test_bf16_gradients_are_as_close_as_those_of_dense_logits(
+    rows: int, block: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for tokens that are nearly certain: 1 - p is rounded, not p."""
+    cut_into(monkeypatch, rows, block, torch.bfloat16)
+    random = torch.Generator().manual_seed(3)
+    values = [torch.randn(size, generator=random).to(torch.bfloat16) for size in ((N, D), (V, D), (V,))]
+    target = F.linear(*(value.float() for value in values)).argmax(dim=1)
+    weights = torch.randn(N, generator=torch.Generator().manual_seed(6))
+
+    def gradients(logps: Any, dtype: torch.dtype) -> list[torch.Tensor]:
+        inputs = [value.to(dtype).requires_grad_() for value in values]
+        found = torch.autograd.grad((logps(inputs) * weights).sum(), inputs)
+        return [gradient.double() for gradient in found]
+
+    exact = gradients(lambda inputs: dense(inputs, target, 1.0, softcap), torch.float64)
+    plain = gradients(lambda inputs: dense(inputs, target, 1.0, softcap).float(), torch.bfloat16)
+    ours = gradients(lambda inputs: Head(*inputs[1:], 1.0, softcap).logps(inputs[0], target), torch.bfloat16)
+    for mine, other, wanted in zip(ours, plain, exact, strict=True):
+        assert (mine - wanted).norm() <= 1.1 * (other - wanted).norm() + 0.005 * wanted.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "block"), [(16, 40), (40, 16), (64, 64)])
+def test_no_more_than_a_block_and_a_chunk_is_held(
+    rows: int, block: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many tokens: a block in the compute dtype, a chunk in fp32 and its own product; never N x V."""
+    wide = 50 * V
+    cut_into(monkeypatch, 50 * rows, 50 * block, dtype)
+    with without_data(CPU) as ledger:
+        hidden, weight = (torch.empty(size, dtype=dtype, requires_grad=True) for size in ((800, D), (wide, D)))
+        target = torch.empty(800, dtype=torch.long)
+        given = ledger.live
+        Head(weight).logps(hidden, target).sum().backward()
+    of_results = (len(hidden) + wide) * (D + 8) * 8
+    assert ledger.peak - given <= block * wide * dtype.itemsize + rows * wide * (4 + dtype.itemsize) + of_results
+    assert ledger.peak - given < 0.4 * 800 * wide * dtype.itemsize
+
+
 def test_no_scored_token_is_no_logp() -> None:
     values = tensors(bias=False)
     logps = Head(values[1]).logps(values[0][:0], torch.zeros(0, dtype=torch.long))
@@ -107,7 +162,6 @@ def test_the_head_of_a_model_gives_its_logits(name: str) -> None:
 
 
 def test_a_second_backward_gives_the_same_gradients() -> None:
-    """The first one uses the kept probabilities up."""
     hidden, weight, bias = (value.requires_grad_() for value in tensors(bias=True))
     target = torch.arange(len(hidden))
     loss = Head(weight, bias).logps(hidden, target).square().sum()

@@ -58,7 +58,7 @@ def identity_head(logits_NV: torch.Tensor) -> tuple[torch.Tensor, Head]:
 def test_log_square_is_that_of_the_dense_softmax(
     rows: int, bias: bool, scale: float, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head, "_CHUNK_LOGITS", rows * V)
+    monkeypatch.setattr(head, "_CHUNK_LOGITS", {"cpu": rows * V})
     values = tensors(3, bias=bias)
     ours = Head(values[1], values[2] if bias else None, scale, softcap).log_square(values[0])
     exact = (dense(in_float64(values), scale, softcap).exp() ** 2).sum(-1).log()
@@ -88,7 +88,7 @@ def test_kl_is_dense_in_value_and_gradient(
     rows: int, bias: bool, scale: float, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reference has its own hidden size, scale and soft cap, and gets no gradient."""
-    monkeypatch.setattr(head, "_CHUNK_LOGITS", rows * V)
+    monkeypatch.setattr(head, "_CHUNK_LOGITS", {"cpu": rows * V})
     ours, other = tensors(3, bias=bias), tensors(4, bias=not bias, hidden=5)
     theirs = in_float64(ours)
     weights = torch.randn(N, generator=torch.Generator().manual_seed(6))
@@ -108,8 +108,8 @@ def test_kl_is_dense_in_value_and_gradient(
 @pytest.mark.parametrize("rows", [1, 5])
 def test_several_chunks_are_one_chunk(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
-    for limit in (head._CHUNK_LOGITS, rows * V):
-        monkeypatch.setattr(head, "_CHUNK_LOGITS", limit)
+    for limit in (2**22, rows * V):
+        monkeypatch.setattr(head, "_CHUNK_LOGITS", {"cpu": limit})
         values, other = tensors(3, bias=True), tensors(4, bias=True)
         ours = Head(values[1], values[2], 1.3, 4.0)
         kl = ours.kl_from(values[0], other[0], Head(*other[1:]))

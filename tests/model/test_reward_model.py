@@ -24,7 +24,7 @@ from prefopt.model.batch import packed_batch, padded_batch
 from prefopt.train.optimizer import MasterOptimizer
 
 CPU = torch.device("cpu")
-SQUARE, APART = 1e9, 0.0  # values of layout._SQUARE_COST that force one of the two ways to attend
+SQUARE, APART = 1e9, 0.0  # costs of a call that force one of the two ways to attend
 SHAPES = st.lists(
     st.tuples(st.integers(1, 9), st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple)), min_size=1, max_size=5
 )
@@ -46,7 +46,7 @@ def test_the_last_position_is_that_of_the_last_token_scored_or_not(shapes: list[
 @pytest.mark.parametrize("cost", [SQUARE, APART], ids=["square", "apart"])
 @pytest.mark.parametrize("name", SHARED)
 def test_packed_scores_are_padded_ones_are_transformers_own(name: str, cost: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "_SQUARE_COST", cost)
+    monkeypatch.setattr(layout, "_CALL_COST", {"cpu": cost})
     model, rows = reward_model(name), groups()
     assert model.sharing
     with torch.no_grad():

@@ -30,7 +30,7 @@ def tables_of(model: Any) -> list[Tensor]:
 @pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "granite", "gpt2", "opt"])
 def test_the_sum_is_that_of_autograd(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice, as with two micro-batches; tied tables (cohere) get both gradients in one sum, padding has none."""
-    monkeypatch.setattr(head, "_CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(head, "_CHUNK_LOGITS", {"cpu": chunk})
     model = language_model(name)
     _ = model.sharing
     for _ in range(2):

@@ -105,14 +105,17 @@ class _Attention(torch.autograd.Function):
         grad_query = torch.empty_like(query)
         grad_key, grad_value = (torch.zeros_like(tensor, dtype=wide) for tensor in (key, value))
         kernel = getattr(torch.ops.aten, _BACKWARD)
+        idle = (
+            key.shape[1] < torch.get_num_threads()
+        )  # a thread takes whole heads of keys: repeated, there is more to share out
         for (segment, mask), is_wide in zip(ctx.segments, in_fp32, strict=True):
             incoming, q, k, v, o = widened if is_wide else given
             queries = slice(segment.query_start, segment.query_end)
             of_query, of_keys, of_values = kernel(
                 incoming[:, :, queries],
                 q[:, :, queries],
-                _repeated(_of_keys(k, segment), heads),
-                _repeated(_of_keys(v, segment), heads),
+                _repeated(_of_keys(k, segment), heads, always=idle),
+                _repeated(_of_keys(v, segment), heads, always=idle),
                 o[:, :, queries],
                 sums[:, :, queries],
                 0.0,
@@ -142,9 +145,10 @@ def _of_keys(tensor: Tensor, segment: Segment) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
-def _repeated(keys: Tensor, heads: int) -> Tensor:
-    """(1, h, K, E) -> (1, H, K, E), each key head for all query heads that share it; unchanged where the kernel does that."""
-    if _KNOWS_SHARED_KEYS or keys.shape[1] == heads:
+def _repeated(keys: Tensor, heads: int, *, always: bool = False) -> Tensor:
+    """(1, h, K, E) -> (1, H, K, E), each key head for all query heads that share it; unchanged where the kernel does that,
+    unless `always`."""
+    if (_KNOWS_SHARED_KEYS and not always) or keys.shape[1] == heads:
         return keys
     return keys.repeat_interleave(heads // keys.shape[1], dim=1)
 

@@ -40,8 +40,11 @@ class Batch:
         return sum(self.responses_per_group)
 
 
-def packed_batch(groups: Sequence[TokenGroup], device: torch.device) -> Batch:
-    """Groups laid end to end on one token axis, `[prompt | r1 | ... | rK]`, the prompt once per group."""
+def packed_batch(groups: Sequence[TokenGroup], device: torch.device, *, multiple_of: int = 1) -> Batch:
+    """Groups laid end to end on one token axis, `[prompt | r1 | ... | rK]`, the prompt once per group.
+
+    The axis is filled up to a multiple of `multiple_of` with tokens that see and are seen by themselves only.
+    """
     ids: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     predictors: list[np.ndarray] = []
@@ -69,6 +72,11 @@ def packed_batch(groups: Sequence[TokenGroup], device: torch.device) -> Batch:
             lasts.append(start - 1)
         spans.append(GroupSpan(offset, prompt, tuple(len(tokens) for tokens in group.response_ids)))
         offset = start
+    fill = -offset % multiple_of
+    if fill:
+        ids.append(np.zeros(fill, dtype=np.int64))
+        positions.append(np.arange(fill))
+        spans.append(GroupSpan(offset, 0, (fill,)))
     return Batch(
         token_ids=_tensor(ids, device)[None],
         position_ids=_tensor(positions, device)[None],

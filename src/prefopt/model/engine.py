@@ -27,6 +27,7 @@ from prefopt.model.batch import Batch, packed_batch, padded_batch
 from prefopt.model.fused import FusedModules, fuse
 from prefopt.model.head import Head, head_of
 from prefopt.model.layout import in_force, wanted_backend
+from prefopt.model.precision import even_tokens
 from prefopt.model.recompute import recompute_contexts
 from prefopt.model.transfer import to_device
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 TokenNumbers = tuple[NDArray[np.float32], ...]  # of a group: for each response one number a scored token
 
 # Raised whenever a change to this package can change log-probs: part of every cache key.
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 
 # Largest difference of a token's log-prob (nats) between two ways of computing it that is still rounding.
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.5}
@@ -189,7 +190,7 @@ class LanguageModel:
     def batch(self, groups: Sequence[TokenGroup]) -> Batch:
         """The tensors of one micro-batch, packed where that is valid for this model."""
         if self.sharing:
-            return packed_batch(groups, self.device)
+            return packed_batch(groups, self.device, multiple_of=even_tokens(self.dtype, self.device))
         return padded_batch(groups, self.device)
 
     def hidden_states(self, batch: Batch) -> Tensor:

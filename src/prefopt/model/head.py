@@ -1,5 +1,8 @@
 """Log-probs and other statistics of the scored tokens from hidden states, in chunks of tokens: logits of N x V never exist.
 
+Logits are made in fp32 chunk by chunk. What a backward pass needs of them, the gradient of the results in the logits, is kept in
+the compute dtype for a block of tokens: made in forward where one block holds all of them, else again in backward.
+
 Shapes: N scored tokens, D hidden size, V vocabulary.
 """
 
@@ -15,7 +18,9 @@ from torch import Tensor
 from prefopt.core.errors import ModelError
 from prefopt.model.tables import sum_of
 
-_CHUNK_LOGITS = 2**25  # logits held at once: 128 MiB in fp32
+_CHUNK_LOGITS = {"cpu": 2**24}  # logits in fp32 at once: 64 MiB, which the CPU's allocator keeps for the next ones
+_CHUNK_LOGITS_ELSEWHERE = 2**25
+_BLOCK_BYTES = 2**27  # of the gradient in the logits
 _SLICE_NUMBERS = 2**22  # numbers of the head's gradient made at once in bf16: 8 MiB
 
 
@@ -30,9 +35,8 @@ class Head:
 
     def logps(self, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
         """Log-prob of each target in nats, shape (N,), fp32."""
-        keep = torch.is_grad_enabled() and self.softcap is None
         apply: Callable[..., Tensor] = _ChunkedLogProb.apply
-        return apply(hidden_ND, self.weight, self.bias, self.scale, self.softcap, target_N, keep)
+        return apply(hidden_ND, self.weight, self.bias, self.scale, self.softcap, target_N, torch.is_grad_enabled())
 
     @torch.no_grad()
     def log_square(self, hidden_ND: Tensor) -> Tensor:
@@ -42,7 +46,7 @@ class Head:
         which WPO (arXiv 2406.11827) divides a token's probability so that an entropy of the policy is not a low weight.
         """
         out_N = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
-        for chunk in self._chunks(len(hidden_ND)):
+        for chunk in self._chunks(hidden_ND):
             # On log-probs and not as logsumexp(2 z) - 2 logsumexp(z), which loses the digits of large logits.
             out_N[chunk] = self._logits(hidden_ND[chunk]).log_softmax(dim=1).mul_(2).logsumexp(dim=1)
         return out_N
@@ -68,9 +72,14 @@ class Head:
             *(reference_hidden_ND, other.weight, other.bias, other.scale, other.softcap),
         )
 
-    def _chunks(self, positions: int) -> list[slice]:
-        rows = max(1, _CHUNK_LOGITS // len(self.weight))
-        return [slice(start, start + rows) for start in range(0, positions, rows)]
+    def _chunks(self, hidden_ND: Tensor, block: slice | None = None) -> list[slice]:
+        """Positions whose logits in fp32 are held at once, of `block` or of all."""
+        limit = _CHUNK_LOGITS.get(hidden_ND.device.type, _CHUNK_LOGITS_ELSEWHERE)
+        return _cut(block or slice(0, len(hidden_ND)), max(1, limit // len(self.weight)))
+
+    def _blocks(self, hidden_ND: Tensor) -> list[slice]:
+        """Positions whose gradient in the logits is held at once."""
+        return _cut(slice(0, len(hidden_ND)), max(1, _BLOCK_BYTES // (len(self.weight) * hidden_ND.element_size())))
 
     def _logits(self, hidden_ND: Tensor, room: Tensor | None = None) -> Tensor:
         """Logits of one chunk in fp32, in the first rows of `room` or in a tensor of their own."""
@@ -86,16 +95,25 @@ class Head:
             logits.mul_(self.scale)
         return logits.div_(self.softcap).tanh_().mul_(self.softcap) if self.softcap is not None else logits
 
-    def _room(self, chunks: list[slice], device: torch.device) -> Tensor | None:
-        """Place for the logits of each of several chunks in turn: made anew, blocks of this size would lie side by side."""
-        if len(chunks) < 2:
-            return None
-        return torch.empty(chunks[0].stop, len(self.weight), dtype=torch.float32, device=device)
+    def _rows(self, chunks: list[slice], hidden_ND: Tensor, dtype: torch.dtype) -> Tensor:
+        """Place for each of `chunks` in turn: made anew, blocks of this size would lie side by side."""
+        longest = max((chunk.stop - chunk.start for chunk in chunks), default=0)
+        return torch.empty(longest, len(self.weight), dtype=dtype, device=hidden_ND.device)
 
-    def _before_cap(self, gradient: Tensor, logits: Tensor | None) -> Tensor:
-        """Gradient in the logits -> gradient in h W^T + b. `gradient` is used up; `logits` matter under a soft cap only."""
-        if self.softcap is not None and logits is not None:
-            gradient *= 1 - (logits / self.softcap) ** 2
+    def _slope(self, logits: Tensor) -> Tensor | None:
+        """Derivative of the logits in h W^T + b but for the scale; None where it is 1."""
+        return None if self.softcap is None else (logits / self.softcap).square_().neg_().add_(1)
+
+    def _log_prob_gradient(self, probabilities: Tensor, target_N: Tensor, slope: Tensor | None) -> Tensor:
+        """(onehot - softmax) * slope * scale: the gradient of each log-prob in h W^T + b, in place of `probabilities`."""
+        gradient = probabilities.neg_()
+        gradient.scatter_add_(1, target_N[:, None], torch.ones_like(gradient[:, :1]))
+        return self._before_cap(gradient, slope)
+
+    def _before_cap(self, gradient: Tensor, slope: Tensor | None) -> Tensor:
+        """Gradient in the logits -> gradient in h W^T + b, in place."""
+        if slope is not None:
+            gradient *= slope
         return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
 
 
@@ -108,8 +126,6 @@ def head_of(model: Any) -> Head:
 
 
 class _ChunkedLogProb(torch.autograd.Function):
-    """Backward computes each chunk's logits again, unless all fit in one chunk: then its probabilities are kept."""
-
     @staticmethod
     def forward(
         ctx: Any,
@@ -119,53 +135,42 @@ class _ChunkedLogProb(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         target_N: Tensor,
-        keep: bool,
+        learning: bool,
     ) -> Tensor:
         head = Head(weight_VD, bias_V, scale, softcap)
-        chunks = head._chunks(len(hidden_ND))
         out_N, total_N = (torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device) for _ in range(2))
-        kept: Tensor | None = None
-        room = head._room(chunks, hidden_ND.device)
+        blocks, chunks = head._blocks(hidden_ND), head._chunks(hidden_ND)
+        keeps = learning and len(blocks) == 1 and any(ctx.needs_input_grad)
+        kept = head._rows(blocks, hidden_ND, hidden_ND.dtype) if keeps else None
+        in_place = kept is not None and kept.dtype == torch.float32
+        room = None if in_place else head._rows(chunks, hidden_ND, torch.float32)
         for chunk in chunks:
-            logits = head._logits(hidden_ND[chunk], room)
+            logits = head._logits(hidden_ND[chunk], kept[chunk] if kept is not None and in_place else room)
             of_target = logits.gather(1, target_N[chunk, None])[:, 0]
+            slope = head._slope(logits) if keeps else None
             largest = logits.amax(dim=1)
             sums = logits.sub_(largest[:, None]).exp_().sum(dim=1)  # torch.logsumexp makes a second tensor of this size
             total_N[chunk] = sums.log().add_(largest)
             out_N[chunk] = of_target - total_N[chunk]
-            if keep and len(chunks) == 1:
-                kept = logits.div_(sums[:, None])
-            del logits  # before the next chunk makes its own
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, total_N)
-        ctx.scale, ctx.softcap, ctx.kept = scale, softcap, kept
-        ctx.room = room if any(ctx.needs_input_grad) else None
+            if kept is not None:
+                gradient = head._log_prob_gradient(logits.div_(sums[:, None]), target_N[chunk], slope)
+                if not in_place:
+                    kept[chunk] = gradient
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, total_N, kept)
+        ctx.scale, ctx.softcap = scale, softcap
         return out_N
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        grad_N: Tensor = grads[0]
-        hidden_ND, weight_VD, bias_V, target_N, total_N = ctx.saved_tensors
+        hidden_ND, weight_VD, bias_V, target_N, total_N, kept = ctx.saved_tensors
         head = Head(weight_VD, bias_V, ctx.scale, ctx.softcap)
-        kept, ctx.kept = ctx.kept, None  # used up in place; a second backward computes it again
-        room, ctx.room = ctx.room, None
-        if room is None:
-            room = head._room(head._chunks(len(hidden_ND)), hidden_ND.device)
 
-        def gradient_of(chunk: slice) -> Tensor:
-            """grad * (onehot - softmax)"""
-            logits = head._logits(hidden_ND[chunk], room) if kept is None else None
-            if logits is None:
-                gradient = kept
-            elif ctx.softcap is None:
-                gradient = logits.sub_(total_N[chunk, None]).exp_()
-            else:  # the cap's own gradient needs the logits again
-                gradient = (logits - total_N[chunk, None]).exp_()
-            assert gradient is not None
-            gradient.mul_(-grad_N[chunk, None])
-            gradient.scatter_add_(1, target_N[chunk, None], grad_N[chunk, None])
-            return head._before_cap(gradient, logits)
+        def gradient_of(chunk: slice, room: Tensor) -> Tensor:
+            logits = head._logits(hidden_ND[chunk], room)
+            slope = head._slope(logits)
+            return head._log_prob_gradient(logits.sub_(total_N[chunk, None]).exp_(), target_N[chunk], slope)
 
-        return *_gradients(ctx, head, hidden_ND, gradient_of), *(None,) * 4
+        return *_gradients(ctx, head, hidden_ND, grads[0], gradient_of, kept), *(None,) * 4
 
 
 class _ChunkedKL(torch.autograd.Function):
@@ -177,7 +182,7 @@ class _ChunkedKL(torch.autograd.Function):
         reference_hidden_ND, *reference = inputs[5:]
         head, reference_head = Head(weight_VD, bias_V, scale, softcap), Head(*reference)
         out_N = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
-        for chunk in head._chunks(len(hidden_ND)):
+        for chunk in head._chunks(hidden_ND):
             log_q = reference_head._logits(reference_hidden_ND[chunk]).log_softmax(dim=1)
             log_p = head._logits(hidden_ND[chunk]).log_softmax(dim=1)
             q = log_q.exp()
@@ -188,18 +193,25 @@ class _ChunkedKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        grad_N: Tensor = grads[0]
         hidden_ND, weight_VD, bias_V, reference_hidden_ND, *reference = ctx.saved_tensors
         head, reference_head = Head(weight_VD, bias_V, *ctx.knobs), Head(*reference, *ctx.reference_knobs)
 
-        def gradient_of(chunk: slice) -> Tensor:
-            """grad * (p - q)"""
+        def gradient_of(chunk: slice, room: Tensor) -> Tensor:
+            """(p - q) * slope * scale"""
             q = torch.softmax(reference_head._logits(reference_hidden_ND[chunk]), dim=1)
             logits = head._logits(hidden_ND[chunk])
-            gradient = torch.softmax(logits, dim=1).sub_(q).mul_(grad_N[chunk, None])
-            return head._before_cap(gradient, logits)
+            gradient = torch.sub(torch.softmax(logits, dim=1), q, out=room[: len(q)])
+            return head._before_cap(gradient, head._slope(logits))
 
-        return *_gradients(ctx, head, hidden_ND, gradient_of), *(None,) * 7
+        return *_gradients(ctx, head, hidden_ND, grads[0], gradient_of), *(None,) * 7
+
+
+def _cut(positions: slice, most: int) -> list[slice]:
+    """Slices of `positions` of nearly equal length, `most` at most."""
+    length = positions.stop - positions.start
+    rows = -(-length // max(1, -(-length // most)))
+    rows = max(1, min(most, -(-rows // 8) * 8))  # see even_tokens
+    return [slice(start, min(start + rows, positions.stop)) for start in range(positions.start, positions.stop, rows)]
 
 
 def _add_product(total_VD: Tensor, gradient_NV: Tensor, hidden_ND: Tensor) -> None:
@@ -213,29 +225,45 @@ def _add_product(total_VD: Tensor, gradient_NV: Tensor, hidden_ND: Tensor) -> No
 
 
 def _gradients(
-    ctx: Any, head: Head, hidden_ND: Tensor, gradient_of: Callable[[slice], Tensor]
+    ctx: Any,
+    head: Head,
+    hidden_ND: Tensor,
+    grad_N: Tensor,
+    gradient_of: Callable[[slice, Tensor], Tensor],
+    kept: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients in hidden states, weight and bias, as far as they are asked for, from the gradient in `h W^T + b` of a chunk."""
-    weight_VD, device = head.weight, hidden_ND.device
+    """Gradients in hidden states, weight and bias, as far as they are asked for.
+
+    `gradient_of(chunk, room)` makes the gradient of the results of a chunk in `h W^T + b`, fp32, in the first rows of `room`; `kept` is that of
+    all positions where it is known already, in the compute dtype. What arrives, `grad_N`, multiplies whole rows of it, and so
+    is applied to the smaller factors and results of the products instead.
+    """
     needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    weight_VD, dtype, device = head.weight, hidden_ND.dtype, hidden_ND.device
     grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
     total = sum_of(weight_VD) if needs_weight else None
     grad_weight = total
     if needs_weight and total is None:
         grad_weight = torch.zeros(weight_VD.shape, dtype=torch.float32, device=device)
     grad_bias = torch.zeros(len(weight_VD), dtype=torch.float32, device=device) if needs_bias else None
-    for chunk in head._chunks(len(hidden_ND)):
-        hidden = hidden_ND[chunk]
-        gradient = gradient_of(chunk)
+    blocks = head._blocks(hidden_ND)
+    place = head._rows(blocks, hidden_ND, dtype) if kept is None else kept
+    room = head._rows(head._chunks(hidden_ND), hidden_ND, torch.float32) if kept is None and dtype != torch.float32 else None
+    for block in blocks:
+        gradient = place[: block.stop - block.start]
+        for chunk in head._chunks(hidden_ND, block) if kept is None else []:
+            rows = gradient[chunk.start - block.start : chunk.stop - block.start]
+            if room is None:
+                gradient_of(chunk, rows)
+            else:
+                rows.copy_(gradient_of(chunk, room))
+        hidden, grad = hidden_ND[block], grad_N[block, None]
         if grad_bias is not None:
-            grad_bias += gradient.sum(dim=0)
-        compute = gradient.to(hidden.dtype)
-        del gradient
+            grad_bias += (gradient.T @ grad.to(dtype))[:, 0]
         if grad_hidden is not None:
-            grad_hidden[chunk] = compute @ weight_VD
+            grad_hidden[block] = (gradient @ weight_VD) * grad
         if grad_weight is not None:
-            _add_product(grad_weight, compute, hidden)
-        del compute  # before the next chunk makes its own
+            _add_product(grad_weight, gradient, (hidden * grad).to(dtype))
     weight_out = grad_weight.to(weight_VD.dtype) if grad_weight is not None and total is None else None
     bias_out = grad_bias.to(weight_VD.dtype) if grad_bias is not None else None
     return grad_hidden, weight_out, bias_out

@@ -21,9 +21,10 @@ Positions = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 Made = TypeVar("Made")
 
-# A group is computed as one masked square while that costs at most this many times the attention it needs;
-# beyond, each response is computed apart. Few large calls beat many small ones (benchmarks/RESULTS.md).
-_SQUARE_COST = 3.0
+# What another call of a kernel costs, as a number of query-key pairs: measured on a CPU, estimated for a GPU
+# (benchmarks/RESULTS.md).
+_CALL_COST = {"cpu": 2**12}
+_CALL_COST_ELSEWHERE = 2**18
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +39,15 @@ class GroupSpan:
     def tokens(self) -> int:
         return self.prompt + sum(self.responses)
 
-    @property
-    def is_square(self) -> bool:
-        """Whether one masked square over the whole group is cheap enough."""
-        needed = self.prompt**2 / 2 + sum(length * (self.prompt + length / 2) for length in self.responses)
-        return self.tokens**2 <= _SQUARE_COST * 2 * needed
+    def is_square(self, device: torch.device) -> bool:
+        """Whether one masked square over the whole group is cheaper than a call for each response.
+
+        The first response goes with the prompt, plainly causal, which a kernel computes by halves; the others see all of the
+        prompt, and their own square is masked.
+        """
+        first, *others = self.responses
+        apart = (self.prompt + first) ** 2 / 2 + sum(length * (self.prompt + length) for length in others)
+        return self.tokens**2 <= apart + _CALL_COST.get(device.type, _CALL_COST_ELSEWHERE) * len(others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +92,7 @@ class Layout:
 
 def _segments(span: GroupSpan, window: int | None, device: torch.device) -> Iterator[Segment]:
     end = span.start + span.prompt
-    if span.is_square:
+    if span.is_square(device):
         last = span.start + span.tokens
         yield Segment(span.start, last, ((span.start, last),), _square_mask(span, window, device))
         return

@@ -40,6 +40,12 @@ def compute_dtype(precision: str, device: torch.device) -> tuple[torch.dtype, st
     return torch.bfloat16, f"precision: bf16 compute ({why})"
 
 
+def even_tokens(dtype: torch.dtype, device: torch.device) -> int:
+    """Matrix products with this many rows, or a multiple, are fastest: other numbers cost up to a tenth in bf16 on a CPU and
+    nothing in fp32 (benchmarks/RESULTS.md)."""
+    return 8 if dtype == torch.bfloat16 and device.type == "cpu" else 1
+
+
 @cache
 def matmul_flops(device: torch.device, dtype: torch.dtype, *, size: int | None = None, seconds: float = 0.3) -> float:
     """Floating-point operations a second of a square matrix product, the best of those that fit into `seconds`; measured
