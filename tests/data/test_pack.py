@@ -74,6 +74,13 @@ def test_micro_batches_hold_every_group_once_within_the_budget(lengths: list[int
     assert bins == micro_batches(lengths, budget_tokens=budget)
 
 
+def test_micro_batches_are_as_even_as_they_come() -> None:
+    lengths = [310, 280, 200, 150, 120, 110, 90, 60]
+    loads = [sum(lengths[place] for place in members) for members in micro_batches(lengths, budget_tokens=1024)]
+    assert len(loads) == 2 and max(loads) - min(loads) <= 60
+    assert micro_batches([900, 500, 500, 30], budget_tokens=1000) == [[0, 3], [1, 2]], "an even cut would need 1,030 tokens"
+
+
 @given(st.integers(0, 60), st.integers(0, 60), st.integers(0, 5))
 @settings(deadline=None)
 def test_held_out_rows_are_apart_from_the_others(rows: int, held_out: int, seed: int) -> None:

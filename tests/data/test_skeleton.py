@@ -123,6 +123,41 @@ def test_filled_skeletons_are_what_the_template_writes(name: str) -> None:
     assert fast.skeletons.known
 
 
+REPEATS = LOOP % "<{{ m.role }}>{{ m.content }}" + "{% if not add_generation_prompt %}{{ messages[0].content }}{% endif %}"
+HIDES_EARLIER = LOOP % "<{{ m.role }}>{% if loop.last or m.role != 'assistant' %}{{ m.content }}{% endif %}"
+
+
+@pytest.mark.parametrize("template", [*COPYING.values(), REPEATS, HIDES_EARLIER], ids=[*COPYING, "repeats", "hides earlier"])
+def test_a_response_behind_a_known_opening_is_what_the_template_writes(template: str) -> None:
+    """Also where it repeats the prompt behind the response, leaves something out once more follows, or refuses the turns."""
+    fast, slow = renderers(template)
+    assert fast.skeletons is not None
+    texts = st.sampled_from(TEXTS) | st.text(max_size=9)
+    turn = st.builds(Turn, st.sampled_from(ROLES), texts, st.just(""))
+    answers = st.lists(st.builds(Turn, st.just("assistant"), texts, st.just("")), min_size=1, max_size=3)
+
+    @given(
+        prompt=st.lists(turn, min_size=1, max_size=3).map(tuple),
+        answers=answers,
+        tools=st.sampled_from(("", '[{"name": "f"}]')),
+    )
+    @settings(max_examples=100, deadline=None)
+    def check(prompt: tuple[Turn, ...], answers: list[Turn], tools: str) -> None:
+        for answer in answers:
+            found = [outcome(lambda one=one, answer=answer: one.response(prompt, (answer,), tools)) for one in (fast, slow)]
+            assert found[0] == found[1]
+
+    check()
+
+
+def test_a_response_of_a_known_kind_is_not_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, slow = renderers(CHATML)
+    fast.response((Turn("user", "one"),), (Turn("assistant", "two"),), "")
+    wanted = slow.response((Turn("user", "three"),), (Turn("assistant", "four"),), "")
+    monkeypatch.setattr(fast, "_rendered", pytest.fail)
+    assert fast.response((Turn("user", "three"),), (Turn("assistant", "four"),), "") == wanted
+
+
 def test_a_conversation_of_a_known_kind_is_not_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
     fast, _ = renderers(CHATML)
     fast.prompt((Turn("user", "one"),), "")

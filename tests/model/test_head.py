@@ -31,7 +31,7 @@ def dense(values: list[torch.Tensor], target: torch.Tensor, scale: float, softca
 
 
 # Rows of a chunk and of a block: all at once, several chunks of one block, several of each, rows that a block has none of.
-CUTS = [(1000, 1000), (23, 23), (4, 1000), (1, 1000), (4, 10), (1, 1), (1000, 7), (10, 4)]
+CUTS = [(1000, 1000), (23, 23), (4, 1000), (1, 1000), (4, 10), (1, 1), (1000, 7), (10, 4), (9, 22)]
 
 
 def cut_into(monkeypatch: pytest.MonkeyPatch, rows: int, block: int, dtype: torch.dtype = torch.float32) -> None:
@@ -57,6 +57,22 @@ def test_chunked_is_dense_in_value_and_gradient(
     for mine, wanted in zip(ours, theirs, strict=True):
         assert mine.grad is not None and wanted.grad is not None
         assert (mine.grad - wanted.grad).abs().max() < 2e-5 * wanted.grad.abs().max()
+
+
+@pytest.mark.parametrize(("rows", "block"), CUTS)
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (1.7, 2.5)])
+def test_a_head_that_does_not_train_passes_the_gradient_on(
+    rows: int, block: int, scale: float, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_into(monkeypatch, rows, block)
+    target = torch.arange(N) * 5 % V
+    weights = torch.randn(N, generator=torch.Generator().manual_seed(6))
+    hidden, weight, bias = (value.detach() for value in tensors(bias=True))
+    ours, theirs = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+    (Head(weight, bias, scale, softcap).logps(ours, target) * weights).sum().backward()
+    (dense([theirs, weight.double(), bias.double()], target, scale, softcap) * weights.double()).sum().backward()
+    assert ours.grad is not None and theirs.grad is not None
+    assert (ours.grad - theirs.grad).abs().max() < 2e-5 * theirs.grad.abs().max()
 
 
 def test_gradients_are_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,9 +152,13 @@ def test_no_more_than_a_block_and_a_chunk_is_held(
         target = torch.empty(800, dtype=torch.long)
         given = ledger.live
         Head(weight).logps(hidden, target).sum().backward()
+        learning = ledger.peak - given
+        with ledger.peak_of() as frozen:
+            Head(weight.detach()).logps(hidden, target).sum().backward()
     of_results = (len(hidden) + wide) * (D + 8) * 8
-    assert ledger.peak - given <= block * wide * dtype.itemsize + rows * wide * (4 + dtype.itemsize) + of_results
-    assert ledger.peak - given < 0.4 * 800 * wide * dtype.itemsize
+    assert frozen[0] - given <= rows * wide * (4 + 2 * dtype.itemsize) + of_results
+    assert learning <= block * wide * dtype.itemsize + rows * wide * (4 + dtype.itemsize) + of_results
+    assert learning < 0.4 * 800 * wide * dtype.itemsize
 
 
 def test_no_scored_token_is_no_logp() -> None:

@@ -104,7 +104,7 @@ class Encoding:
             _join(response, self.encoder, known, finished=done, train_on=self.train_on)
             for response, done in zip(responses, finished, strict=True)
         ]
-        if not all(flags.any() for _, flags in built):
+        if not all(np.count_nonzero(flags) for _, flags in built):
             found, expected = "no tokens of the assistant", "an unfinished response with text"
             self._untokenised.append(BadRow(group.source, Reason.EMPTY_RESPONSE, "responses", found, expected))
             return None

@@ -13,11 +13,16 @@ from prefopt.data.groups import Feedback
 from prefopt.data.messages import listed
 from prefopt.data.refusals import Reason, Refusal
 
+_OF_PAIRS = ("margin", "probability", "weight", "tie")
+_PLAIN_PAIR = Feedback("pair")
+FINISHED_COLUMNS = ("finished", "chosen_finished", "rejected_finished")
 _TRUTHS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 
 
 def pair_feedback(row: Mapping[str, Any]) -> Feedback:
     """Chosen over rejected, or a `tie`, with the row's `margin`, `probability` (0 to 1) and `weight` (at least 0)."""
+    if row.keys().isdisjoint(_OF_PAIRS):
+        return _PLAIN_PAIR
     weight = _optional(row, "weight", low=0.0)
     tie = row.get("tie")
     return Feedback(
@@ -62,6 +67,8 @@ def finished(row: Mapping[str, Any], names: Sequence[str]) -> tuple[bool, ...]:
     Pairs have the columns `chosen_finished` and `rejected_finished`, several responses a list `finished`, a single one
     the value `finished`. A column that is absent says that its responses are finished.
     """
+    if row.keys().isdisjoint(FINISHED_COLUMNS):
+        return ()
     if tuple(names) == ("chosen", "rejected"):
         columns = [f"{name}_finished" for name in names]
         values = [row.get(column) for column in columns]

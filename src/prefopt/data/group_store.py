@@ -7,7 +7,7 @@ import tempfile
 import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain, islice, starmap
 from typing import IO, overload
 
 import numpy as np
@@ -78,8 +78,8 @@ class StoredGroups(Sequence[Group]):
     def _group(self, place: int) -> Group:
         prompt, responses, form, source, tools, finished = marshal.loads(self._texts[place])
         return Group(
-            prompt=tuple(Turn(*turn) for turn in prompt),
-            responses=tuple(tuple(Turn(*turn) for turn in turns) for turns in responses),
+            prompt=tuple(starmap(Turn, prompt)),
+            responses=tuple([tuple(starmap(Turn, turns)) for turns in responses]),
             feedback=self._feedbacks[place],
             form=form,
             source=source,
@@ -122,13 +122,13 @@ def _written(file: IO[bytes], groups: Iterable[Group]) -> StoredGroups:
 
 def _content(group: Group) -> bytes:
     """All of a group but its feedback, the same bytes for groups that are equal."""
-    responses = tuple(_texts(turns) for turns in group.responses)
+    responses = tuple([_texts(turns) for turns in group.responses])
     plain = (_texts(group.prompt), responses, group.form, group.source, group.tools, group.finished)
     return marshal.dumps(plain, _FORM_WITHOUT_REFERENCES)
 
 
 def _texts(turns: Sequence[Turn]) -> tuple[tuple[str, str, str], ...]:
-    return tuple((turn.role, turn.content, turn.tool_calls) for turn in turns)
+    return tuple([(role, content, calls) for role, content, calls in turns])  # marshal knows no named tuples
 
 
 def pick_groups(groups: Sequence[Group], places: Iterable[int]) -> Sequence[Group]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -87,13 +88,23 @@ def _spread(shuffled: NDArray[np.int64], strata: Sequence[int], random: np.rando
 
 
 def micro_batches(lengths: Sequence[int], *, budget_tokens: int) -> list[list[int]]:
-    """Places of `lengths` in bins of at most `budget_tokens`, by first fit, longest first.
+    """Places of `lengths` in bins of at most `budget_tokens`, as few as first fit needs, and as even as they come.
 
-    Every place is in exactly one bin. A single group over the budget has a bin of its own.
+    Every place is in exactly one bin. A single group over the budget has a bin of its own. A full bin beside a nearly empty one
+    would need more memory than two half-full ones, and the small one would be computed more slowly.
     """
+    longest_first = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    bins = _first_fit(lengths, longest_first, budget_tokens)
+    even = _evenly(lengths, longest_first, len(bins))
+    if all(len(members) == 1 or sum(lengths[place] for place in members) <= budget_tokens for members in even):
+        bins = even
+    return [sorted(members) for members in bins if members]
+
+
+def _first_fit(lengths: Sequence[int], order: Sequence[int], budget_tokens: int) -> list[list[int]]:
     bins: list[list[int]] = []
     room: list[int] = []
-    for place in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+    for place in order:
         length = lengths[place]
         for number, free in enumerate(room):
             if length <= free:
@@ -103,7 +114,18 @@ def micro_batches(lengths: Sequence[int], *, budget_tokens: int) -> list[list[in
         else:
             bins.append([place])
             room.append(budget_tokens - length)
-    return [sorted(members) for members in bins]
+    return bins
+
+
+def _evenly(lengths: Sequence[int], order: Sequence[int], count: int) -> list[list[int]]:
+    """Each place of `order` into the bin of `count` that holds the fewest tokens so far."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    filled = [(0, number) for number in range(count)]
+    for place in order:
+        tokens, number = filled[0]
+        bins[number].append(place)
+        heapq.heapreplace(filled, (tokens + lengths[place], number))
+    return bins
 
 
 def draw_held_out(rows: int, *, held_out: int, seed: int) -> tuple[list[int], list[int]]:

@@ -186,7 +186,8 @@ def _json_lines(lines: Iterable[bytes], name: str) -> Found:
 
 def _json_line(line: bytes) -> Row | Refusal:
     try:
-        return _row(json.loads(line.decode()))
+        value = json.loads(line.decode())
+        return value if type(value) is dict else _row(value)
     except UnicodeDecodeError as error:
         return Refusal(Reason.NOT_UTF8, "(line)", line[max(0, error.start - 20) : error.start + 20], "text in UTF-8")
     except json.JSONDecodeError as error:

@@ -11,11 +11,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from prefopt.core.errors import ConfigError, ModelError
 from prefopt.data.groups import Turn
-from prefopt.data.skeleton import Skeletons, only_copies
+from prefopt.data.skeleton import Skeletons, kinds, only_copies
 
 # Private-use characters that stand for special-token text while the template runs.
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"
@@ -103,6 +103,15 @@ class SpecialText:
         return tuple(part for part in parts if part[0])
 
 
+class _Opening(NamedTuple):
+    """A prompt as text. `kinds`: of its turns, where a skeleton knows all of them."""
+
+    turns: Sequence[Turn]
+    tools: str
+    text: str
+    kinds: tuple[object, ...] | None
+
+
 class ChatRenderer:
     """Through a chat template. The response is what the template writes after the rendered prompt."""
 
@@ -113,18 +122,22 @@ class ChatRenderer:
         self.template = template
         self.skeletons = Skeletons() if only_copies(template) else None
         self.special = SpecialText(tokenizer)
-        self._opened: tuple[tuple[Sequence[Turn], str], str] | None = None
+        self._opened: _Opening | None = None
         self.closing = self._find_closing()
         self.end_of_turn = self._find_end_of_turn()
 
     def prompt(self, turns: Sequence[Turn], tools: str) -> Piece:
-        return Piece(self.special.split(self._opening(turns, tools)), self.end_of_turn, continues=False)
+        return Piece(self.special.split(self._opening(turns, tools).text), self.end_of_turn, continues=False)
 
     def response(self, prompt: Sequence[Turn], turns: Sequence[Turn], tools: str) -> list[Piece]:
         _check_end(turns, self.end_of_turn)
+        opened = self._opening(prompt, tools)
+        behind = self._behind(opened, turns[0]) if len(turns) == 1 else None
+        if behind is not None:
+            return [Piece(self.special.split(behind), self.end_of_turn, scored=True)]
         whole = self._render((*prompt, *turns), tools)
         pieces: list[Piece] = []
-        opening = _beginning(self._opening(prompt, tools), whole)
+        opening = _beginning(opened.text, whole)
         position = len(opening)
         for index, turn in enumerate(turns):
             if turn.role != "assistant":
@@ -138,11 +151,29 @@ class ChatRenderer:
             position = end
         return pieces
 
-    def _opening(self, prompt: Sequence[Turn], tools: str) -> str:
+    def _opening(self, prompt: Sequence[Turn], tools: str) -> _Opening:
         """The prompt with what opens the assistant's turn. It is the same for all responses of a group."""
-        if self._opened is None or self._opened[0] != (prompt, tools):
-            self._opened = ((prompt, tools), self._render(prompt, tools, generate=True))
-        return self._opened[1]
+        if self._opened is None or self._opened.turns != prompt or self._opened.tools != tools:
+            contents = [self.special.mark(turn.content) for turn in prompt]
+            text = self._render_marked(prompt, contents, tools, generate=True)
+            self._opened = _Opening(
+                prompt, tools, text, None if any(turn.tool_calls for turn in prompt) else kinds(prompt, contents)
+            )
+        return self._opened
+
+    def _behind(self, opened: _Opening, turn: Turn) -> str | None:
+        """What the template writes for `turn` behind an opening, where that can be known without rendering it."""
+        if self.skeletons is None or opened.kinds is None or turn.tool_calls:
+            return None
+        prompt, tools = opened.turns, opened.tools
+        return self.skeletons.behind(
+            opened.kinds,
+            turn,
+            self.special.mark(turn.content),
+            tools,
+            lambda holes: self._rendered(prompt, holes, tools, generate=True),
+            lambda holes: self._rendered((*prompt, turn), holes, tools, generate=False),
+        )
 
     def without_end(self, piece: Piece) -> Piece:
         """Without the end-of-turn token, and without what this template writes around it."""
@@ -157,15 +188,16 @@ class ChatRenderer:
         return replace(piece, parts=(*before, (text, False)) if text else tuple(before))
 
     def _render(self, turns: Sequence[Turn], tools: str, *, generate: bool = False) -> str:
-        mark = self.special.mark
-        contents = [mark(turn.content) for turn in turns]
+        return self._render_marked(turns, [self.special.mark(turn.content) for turn in turns], tools, generate=generate)
+
+    def _render_marked(self, turns: Sequence[Turn], contents: Sequence[str], tools: str, *, generate: bool) -> str:
         if self.skeletons is None or any(turn.tool_calls for turn in turns):
-            return self._rendered(turns, contents, tools, generate)
+            return self._rendered(turns, contents, tools, generate=generate)
         return self.skeletons.filled(
-            turns, contents, (tools, generate), lambda holes: self._rendered(turns, holes, tools, generate)
+            turns, contents, (tools, generate), lambda holes: self._rendered(turns, holes, tools, generate=generate)
         )
 
-    def _rendered(self, turns: Sequence[Turn], contents: Sequence[str], tools: str, generate: bool) -> str:
+    def _rendered(self, turns: Sequence[Turn], contents: Sequence[str], tools: str, *, generate: bool) -> str:
         from jinja2 import TemplateError
 
         messages = [self._message(turn, content) for turn, content in zip(turns, contents, strict=True)]

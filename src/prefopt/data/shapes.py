@@ -11,7 +11,7 @@ from typing import Any, Literal
 from prefopt.core.config import ROW_SHAPES
 from prefopt.core.errors import DataError, nearest
 from prefopt.core.memory import collector_paused
-from prefopt.data.feedback import finished, label_feedback, pair_feedback, ranking_feedback, scores_feedback
+from prefopt.data.feedback import FINISHED_COLUMNS, finished, label_feedback, pair_feedback, ranking_feedback, scores_feedback
 from prefopt.data.group_store import kept
 from prefopt.data.groups import NO_PROMPT, BadRow, Feedback, Group, GroupSet, Turn
 from prefopt.data.messages import MESSAGE_KEYS, both_turns, is_listed, json_text, listed, to_turns
@@ -26,7 +26,6 @@ PROMPT_COLUMNS = ("prompt", "conversations", "messages", "instruction", "questio
 COMPLETION_COLUMNS = ("completion", "response", "output")
 RESPONSES_COLUMNS = ("responses", "completions")
 FEEDBACK_COLUMNS = ("label", "scores", "ranking", "margin", "probability", "weight", "tie")
-FINISHED_COLUMNS = ("finished", "chosen_finished", "rejected_finished")
 OTHER_COLUMNS = ("chosen", "rejected", "input", "history", "system", "tools")
 USED_COLUMNS = frozenset(
     (*PROMPT_COLUMNS, *COMPLETION_COLUMNS, *RESPONSES_COLUMNS, *FEEDBACK_COLUMNS, *FINISHED_COLUMNS, *OTHER_COLUMNS)
@@ -101,7 +100,8 @@ def _grouped(name: str, found: Iterable[tuple[str, Row | Refusal]], shape: str, 
 
     def read() -> Iterator[Group]:
         for source, row in chain(first, rows):
-            unused[0].update(str(key) for key, value in row.items() if value is not None and key not in USED_COLUMNS)
+            if not row.keys() <= USED_COLUMNS:
+                unused[0].update(str(key) for key, value in row.items() if value is not None and key not in USED_COLUMNS)
             unused[1].update(_message_keys(row.values()))
             try:
                 group = _READERS[chosen_shape](row, source)
@@ -147,15 +147,16 @@ def _notes(
 
 def _message_keys(values: Iterable[Any]) -> set[str]:
     """Keys of the messages in `values` that turns have no place for."""
-    messages = (message for value in values if is_listed(value) for message in value)
     return {
         str(key)
-        for message in messages
+        for value in values
+        if is_listed(value)
+        for message in value
         if isinstance(message, (dict, Mapping))
         and not message.keys() <= _KNOWN_KEYS
         and ("role" in message or "from" in message)
-        for key, value in message.items()
-        if value is not None and key not in MESSAGE_KEYS
+        for key, said in message.items()
+        if said is not None and key not in MESSAGE_KEYS
     }
 
 
@@ -372,7 +373,7 @@ def _group(
             )
         if not (response[-1].content.strip() or response[-1].tool_calls):
             raise Refusal(Reason.EMPTY_RESPONSE, name, response[-1].content, "a response with text")
-    if len(responses) > 1 and len(set(responses)) == 1:
+    if len(responses) > 1 and all(response == responses[0] for response in responses[1:]):
         raise Refusal(Reason.IDENTICAL_RESPONSES, ", ".join(names[:2]), responses[0][-1].content, "responses that differ")
     return Group(prompt, responses, feedback, form, source, json_text(row.get("tools"), "tools"), finished(row, names))
 

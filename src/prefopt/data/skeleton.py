@@ -36,30 +36,68 @@ _NEIGHBOURS: tuple[object, ...] = ("previtem", "nextitem", "changed", "cycle")
 Render = Callable[[Sequence[str]], str]
 
 
+_Parts = tuple[list[str], list[tuple[int, int]]]  # of a text, and which of them are holes for which content
+
+
 class Skeletons:
     """Renderings of one template with holes for the contents of the turns."""
 
     def __init__(self) -> None:
-        self.known: dict[tuple[object, ...], tuple[list[str], list[tuple[int, int]]]] = {}
+        self.known: dict[tuple[object, ...], _Parts] = {}
+        self.tails: dict[tuple[object, ...], _Parts | None] = {}
 
     def filled(self, turns: Sequence[Turn], contents: Sequence[str], about: object, render: Render) -> str:
         """`render(contents)` for a template that `only_copies`; it is called only for turns of a new kind.
 
         `about` is what else the rendering depends on. Whatever `render` raises, it raises.
         """
-        key = (about, *[turn.role if content else (turn.role,) for turn, content in zip(turns, contents, strict=True)])
-        skeleton = self.known.get(key)
-        if skeleton is None:
+        key = (about, *kinds(turns, contents))
+        if key not in self.known:
             if len(self.known) >= _KEPT:
                 self.known.clear()
-            text = render([f"\ue0f2{place}\ue0f3" if content else "" for place, content in enumerate(contents)])
-            parts = _HOLE.split(text)
-            holes = [(number, int(parts[number])) for number in range(1, len(parts), 2)]
-            skeleton = self.known[key] = (parts, holes)
-        pieces = skeleton[0].copy()
-        for number, place in skeleton[1]:
-            pieces[number] = contents[place]
-        return "".join(pieces)
+            self.known[key] = _parts(render(_with_holes(contents)))
+        return _filled(self.known[key], contents)
+
+    def behind(
+        self, before: tuple[object, ...], turn: Turn, content: str, about: object, opening: Render, whole: Render
+    ) -> str | None:
+        """What the template writes for `turn` behind the opening of a conversation; None where it does not say so by itself.
+
+        `before`: the kinds of the turns of the opening. `opening` and `whole` render these turns, and these and `turn`, for
+        contents of them; they are called only for turns of a new kind.
+        """
+        key = (about, before, *kinds((turn,), (content,)))
+        if key not in self.tails:
+            if len(self.tails) >= _KEPT:
+                self.tails.clear()
+            holes = _with_holes(["" if isinstance(kind, tuple) else "x" for kind in before] + [content])
+            first, both = opening(holes[:-1]), whole(holes)
+            parts = _parts(both.removeprefix(first))
+            own = both.startswith(first) and all(place == len(before) for _, place in parts[1])
+            self.tails[key] = (parts[0], [(number, 0) for number, _ in parts[1]]) if own else None
+        found = self.tails[key]
+        return None if found is None else _filled(found, (content,))
+
+
+def kinds(turns: Sequence[Turn], contents: Sequence[str]) -> tuple[object, ...]:
+    """What a template that `only_copies` can tell of turns: who speaks, and whether something is said."""
+    return tuple([turn.role if content else (turn.role,) for turn, content in zip(turns, contents, strict=True)])
+
+
+def _with_holes(contents: Sequence[str]) -> list[str]:
+    return [f"\ue0f2{place}\ue0f3" if content else "" for place, content in enumerate(contents)]
+
+
+def _parts(text: str) -> _Parts:
+    parts = _HOLE.split(text)
+    return parts, [(number, int(parts[number])) for number in range(1, len(parts), 2)]
+
+
+def _filled(skeleton: _Parts, contents: Sequence[str]) -> str:
+    pieces = skeleton[0].copy()
+    for number, place in skeleton[1]:
+        pieces[number] = contents[place]
+    return "".join(pieces)
 
 
 def only_copies(template: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ class TextEncoder:
 
     def encode(self, pieces: Iterable[Piece]) -> Known:
         """Ids of every part of `pieces`."""
-        keys = list(dict.fromkeys(key for piece in pieces for key in self._keys(piece)))
+        keys = dict.fromkeys(chain.from_iterable(map(self._keys, pieces)))
         known: Known = {}
         for literal in (False, True):
             chosen = [key for key in keys if key[1] is literal]
@@ -77,10 +78,9 @@ class TextEncoder:
         return self._ids(piece, known)
 
     def _keys(self, piece: Piece) -> list[Key]:
-        anchored = bool(self.anchor)
-        return [
-            (text, literal, anchored and (piece.continues or index > 0)) for index, (text, literal) in enumerate(piece.parts)
-        ]
+        if not self.anchor:
+            return [(text, literal, False) for text, literal in piece.parts]
+        return [(text, literal, piece.continues or index > 0) for index, (text, literal) in enumerate(piece.parts)]
 
     def _ids(self, piece: Piece, known: Known) -> Ids:
         keys = self._keys(piece)

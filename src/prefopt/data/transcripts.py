@@ -47,7 +47,9 @@ def common_turns(first: Sequence[Turn], second: Sequence[Turn]) -> int:
     or no assistant's turn follows on what is shared.
     """
     shared = 0
-    while shared < min(len(first), len(second)) and first[shared] == second[shared]:
+    for one, other in zip(first, second, strict=False):
+        if one != other:
+            break
         shared += 1
     parted = shared < min(len(first), len(second))
     if parted:

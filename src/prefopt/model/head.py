@@ -1,7 +1,8 @@
 """Log-probs and other statistics of the scored tokens from hidden states, in chunks of tokens: logits of N x V never exist.
 
 Logits are made in fp32 chunk by chunk. What a backward pass needs of them, the gradient of the results in the logits, is kept in
-the compute dtype for a block of tokens: made in forward where one block holds all of them, else again in backward.
+the compute dtype for a block of tokens: made in forward where one block holds all of them, else again in backward. Where the
+head does not train (LoRA), forward makes the gradient in the hidden states instead, whatever the number of tokens.
 
 Shapes: N scored tokens, D hidden size, V vocabulary.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -140,29 +142,39 @@ class _ChunkedLogProb(torch.autograd.Function):
         head = Head(weight_VD, bias_V, scale, softcap)
         out_N, total_N = (torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device) for _ in range(2))
         blocks, chunks = head._blocks(hidden_ND), head._chunks(hidden_ND)
-        keeps = learning and len(blocks) == 1 and any(ctx.needs_input_grad)
-        kept = head._rows(blocks, hidden_ND, hidden_ND.dtype) if keeps else None
+        trains = learning and any(ctx.needs_input_grad[1:3])
+        kept = head._rows(blocks, hidden_ND, hidden_ND.dtype) if trains and len(blocks) == 1 else None
+        through = torch.empty_like(hidden_ND) if learning and ctx.needs_input_grad[0] and not trains else None
         in_place = kept is not None and kept.dtype == torch.float32
         room = None if in_place else head._rows(chunks, hidden_ND, torch.float32)
         for chunk in chunks:
             logits = head._logits(hidden_ND[chunk], kept[chunk] if kept is not None and in_place else room)
             of_target = logits.gather(1, target_N[chunk, None])[:, 0]
-            slope = head._slope(logits) if keeps else None
+            slope = None if kept is None and through is None else head._slope(logits)
             largest = logits.amax(dim=1)
             sums = logits.sub_(largest[:, None]).exp_().sum(dim=1)  # torch.logsumexp makes a second tensor of this size
             total_N[chunk] = sums.log().add_(largest)
             out_N[chunk] = of_target - total_N[chunk]
-            if kept is not None:
-                gradient = head._log_prob_gradient(logits.div_(sums[:, None]), target_N[chunk], slope)
-                if not in_place:
-                    kept[chunk] = gradient
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, total_N, kept)
+            if kept is None and through is None:
+                continue
+            gradient = head._log_prob_gradient(logits.div_(sums[:, None]), target_N[chunk], slope)
+            if through is not None:
+                through[chunk] = gradient.to(hidden_ND.dtype) @ weight_VD
+            elif kept is not None and not in_place:
+                kept[chunk] = gradient
+        if through is not None:
+            ctx.save_for_backward(through)
+        else:
+            ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, total_N, kept)
         ctx.scale, ctx.softcap = scale, softcap
         return out_N
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        hidden_ND, weight_VD, bias_V, target_N, total_N, kept = ctx.saved_tensors
+        first_ND, *others = ctx.saved_tensors
+        if not others:
+            return (first_ND * grads[0][:, None]).to(first_ND.dtype), *(None,) * 6
+        hidden_ND, (weight_VD, bias_V, target_N, total_N, kept) = first_ND, others
         head = Head(weight_VD, bias_V, ctx.scale, ctx.softcap)
 
         def gradient_of(chunk: slice, room: Tensor) -> Tensor:
@@ -234,9 +246,9 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients in hidden states, weight and bias, as far as they are asked for.
 
-    `gradient_of(chunk, room)` makes the gradient of the results of a chunk in `h W^T + b`, fp32, in the first rows of `room`; `kept` is that of
-    all positions where it is known already, in the compute dtype. What arrives, `grad_N`, multiplies whole rows of it, and so
-    is applied to the smaller factors and results of the products instead.
+    `gradient_of(chunk, room)` makes the gradient of the results of a chunk in `h W^T + b`, fp32, in the first rows of `room`;
+    `kept` is that of all positions where it is known already, in the compute dtype. What arrives, `grad_N`, multiplies whole
+    rows of it, and so is applied to the smaller factors and results of the products instead.
     """
     needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     weight_VD, dtype, device = head.weight, hidden_ND.dtype, hidden_ND.device
@@ -247,11 +259,12 @@ def _gradients(
         grad_weight = torch.zeros(weight_VD.shape, dtype=torch.float32, device=device)
     grad_bias = torch.zeros(len(weight_VD), dtype=torch.float32, device=device) if needs_bias else None
     blocks = head._blocks(hidden_ND)
+    chunks = [head._chunks(hidden_ND, block) if kept is None else [] for block in blocks]
     place = head._rows(blocks, hidden_ND, dtype) if kept is None else kept
-    room = head._rows(head._chunks(hidden_ND), hidden_ND, torch.float32) if kept is None and dtype != torch.float32 else None
-    for block in blocks:
+    room = None if dtype == torch.float32 else head._rows([*chain.from_iterable(chunks)], hidden_ND, torch.float32)
+    for block, of_block in zip(blocks, chunks, strict=True):
         gradient = place[: block.stop - block.start]
-        for chunk in head._chunks(hidden_ND, block) if kept is None else []:
+        for chunk in of_block:
             rows = gradient[chunk.start - block.start : chunk.stop - block.start]
             if room is None:
                 gradient_of(chunk, rows)
