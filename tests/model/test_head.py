@@ -30,22 +30,23 @@ def dense(values: list[torch.Tensor], target: torch.Tensor, scale: float, softca
     return logits.log_softmax(-1)[torch.arange(len(target)), target]
 
 
-# Rows of a chunk and of a block: all at once, several chunks of one block, several of each, rows that a block has none of.
-CUTS = [(1000, 1000), (23, 23), (4, 1000), (1, 1000), (4, 10), (1, 1), (1000, 7), (10, 4), (9, 22)]
+# Rows of a chunk, of a block, and of what is kept: one of each, several chunks of a block, several blocks, several of each; kept or not.
+CUTS = [(rows, block, kept) for rows, block in ((99, 99), (23, 23), (1, 99), (4, 10), (99, 7), (11, 13)) for kept in (N, 0)]
 
 
-def cut_into(monkeypatch: pytest.MonkeyPatch, rows: int, block: int, dtype: torch.dtype = torch.float32) -> None:
+def cut_into(monkeypatch: pytest.MonkeyPatch, rows: int, block: int, kept: int = N, dtype: torch.dtype = torch.float32) -> None:
     monkeypatch.setattr(head, "_CHUNK_LOGITS", {"cpu": rows * V})
-    monkeypatch.setattr(head, "_BLOCK_BYTES", block * V * dtype.itemsize)
+    monkeypatch.setattr(head, "_BLOCK_BYTES", {"cpu": block * V * dtype.itemsize})
+    monkeypatch.setattr(head, "_KEPT_BYTES", kept * V * dtype.itemsize)
 
 
-@pytest.mark.parametrize(("rows", "block"), CUTS)
+@pytest.mark.parametrize(("rows", "block", "kept"), CUTS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.3, None), (1.0, 2.5), (1.7, 2.5)])
 def test_chunked_is_dense_in_value_and_gradient(
-    rows: int, block: int, bias: bool, scale: float, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+    rows: int, block: int, kept: int, bias: bool, scale: float, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cut_into(monkeypatch, rows, block)
+    cut_into(monkeypatch, rows, block, kept)
     target = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(5))
     weights = torch.randn(N, generator=torch.Generator().manual_seed(6))
     ours, theirs = tensors(bias=bias), [t.detach().double().requires_grad_() for t in tensors(bias=bias)]
@@ -59,12 +60,12 @@ def test_chunked_is_dense_in_value_and_gradient(
         assert (mine.grad - wanted.grad).abs().max() < 2e-5 * wanted.grad.abs().max()
 
 
-@pytest.mark.parametrize(("rows", "block"), CUTS)
+@pytest.mark.parametrize(("rows", "block", "kept"), CUTS)
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (1.7, 2.5)])
 def test_a_head_that_does_not_train_passes_the_gradient_on(
-    rows: int, block: int, scale: float, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+    rows: int, block: int, kept: int, scale: float, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cut_into(monkeypatch, rows, block)
+    cut_into(monkeypatch, rows, block, kept)
     target = torch.arange(N) * 5 % V
     weights = torch.randn(N, generator=torch.Generator().manual_seed(6))
     hidden, weight, bias = (value.detach() for value in tensors(bias=True))
@@ -77,7 +78,7 @@ def test_a_head_that_does_not_train_passes_the_gradient_on(
 
 def test_gradients_are_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32 inside, so a central difference with a wide step and a directional derivative of the sum."""
-    cut_into(monkeypatch, 5, 1000)
+    cut_into(monkeypatch, 5, 99)
     target = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(5))
     values = tensors(bias=True)
     random = torch.Generator().manual_seed(9)
@@ -115,13 +116,13 @@ def test_bf16_logps_are_fp32_and_close_to_those_of_the_same_rounded_numbers() ->
     assert (ours - exact).abs().max() < 0.1
 
 
-@pytest.mark.parametrize(("rows", "block"), CUTS)
+@pytest.mark.parametrize(("rows", "block", "kept"), CUTS)
 @pytest.mark.parametrize("softcap", [None, 2.5])
 def test_bf16_gradients_are_as_close_as_those_of_dense_logits(
-    rows: int, block: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+    rows: int, block: int, kept: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also for tokens that are nearly certain: 1 - p is rounded, not p."""
-    cut_into(monkeypatch, rows, block, torch.bfloat16)
+    cut_into(monkeypatch, rows, block, kept, torch.bfloat16)
     random = torch.Generator().manual_seed(3)
     values = [torch.randn(size, generator=random).to(torch.bfloat16) for size in ((N, D), (V, D), (V,))]
     target = F.linear(*(value.float() for value in values)).argmax(dim=1)
@@ -141,12 +142,12 @@ def test_bf16_gradients_are_as_close_as_those_of_dense_logits(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "block"), [(16, 40), (40, 16), (64, 64)])
-def test_no_more_than_a_block_and_a_chunk_is_held(
+def test_no_more_than_a_block_and_a_chunk_is_made_at_once(
     rows: int, block: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many tokens: a block in the compute dtype, a chunk in fp32 and its own product; never N x V."""
     wide = 50 * V
-    cut_into(monkeypatch, 50 * rows, 50 * block, dtype)
+    cut_into(monkeypatch, 50 * rows, 50 * block, 0, dtype)
     with without_data(CPU) as ledger:
         hidden, weight = (torch.empty(size, dtype=dtype, requires_grad=True) for size in ((800, D), (wide, D)))
         target = torch.empty(800, dtype=torch.long)

@@ -1,17 +1,16 @@
 """Log-probs and other statistics of the scored tokens from hidden states, in chunks of tokens: logits of N x V never exist.
 
-Logits are made in fp32 chunk by chunk. What a backward pass needs of them, the gradient of the results in the logits, is kept in
-the compute dtype for a block of tokens: made in forward where one block holds all of them, else again in backward. Where the
-head does not train (LoRA), forward makes the gradient in the hidden states instead, whatever the number of tokens.
+Logits are made in fp32 chunk by chunk. What a backward pass needs of them, the gradient of the results in the logits, is made
+in the compute dtype block by block: once, in forward, where all of it may be kept, else again in backward. Where the head does
+not train (LoRA), forward makes the gradient in the hidden states instead, whatever the number of tokens.
 
 Shapes: N scored tokens, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -20,9 +19,13 @@ from torch import Tensor
 from prefopt.core.errors import ModelError
 from prefopt.model.tables import sum_of
 
-_CHUNK_LOGITS = {"cpu": 2**24}  # logits in fp32 at once: 64 MiB, which the CPU's allocator keeps for the next ones
+# Logits in fp32 at once, and bytes of a block of their gradient. On a CPU less than 64 MiB, which the allocator finds again:
+# larger tensors are mapped anew each time, and to write on new pages takes longer than the products that fill them.
+_CHUNK_LOGITS = {"cpu": 15 * 2**20}
 _CHUNK_LOGITS_ELSEWHERE = 2**25
-_BLOCK_BYTES = 2**27  # of the gradient in the logits
+_BLOCK_BYTES = {"cpu": 60 * 2**20}
+_BLOCK_BYTES_ELSEWHERE = 2**27
+_KEPT_BYTES = 2**27  # of all blocks, from forward to backward
 _SLICE_NUMBERS = 2**22  # numbers of the head's gradient made at once in bf16: 8 MiB
 
 
@@ -75,13 +78,14 @@ class Head:
         )
 
     def _chunks(self, hidden_ND: Tensor, block: slice | None = None) -> list[slice]:
-        """Positions whose logits in fp32 are held at once, of `block` or of all."""
+        """Positions whose logits in fp32 are held at once, of a block or of all."""
         limit = _CHUNK_LOGITS.get(hidden_ND.device.type, _CHUNK_LOGITS_ELSEWHERE)
         return _cut(block or slice(0, len(hidden_ND)), max(1, limit // len(self.weight)))
 
     def _blocks(self, hidden_ND: Tensor) -> list[slice]:
-        """Positions whose gradient in the logits is held at once."""
-        return _cut(slice(0, len(hidden_ND)), max(1, _BLOCK_BYTES // (len(self.weight) * hidden_ND.element_size())))
+        """Positions whose gradient in the logits is made at once."""
+        limit = _BLOCK_BYTES.get(hidden_ND.device.type, _BLOCK_BYTES_ELSEWHERE)
+        return _cut(slice(0, len(hidden_ND)), max(1, limit // (len(self.weight) * hidden_ND.element_size())))
 
     def _logits(self, hidden_ND: Tensor, room: Tensor | None = None) -> Tensor:
         """Logits of one chunk in fp32, in the first rows of `room` or in a tensor of their own."""
@@ -96,11 +100,6 @@ class Head:
         if self.scale != 1.0:
             logits.mul_(self.scale)
         return logits.div_(self.softcap).tanh_().mul_(self.softcap) if self.softcap is not None else logits
-
-    def _rows(self, chunks: list[slice], hidden_ND: Tensor, dtype: torch.dtype) -> Tensor:
-        """Place for each of `chunks` in turn: made anew, blocks of this size would lie side by side."""
-        longest = max((chunk.stop - chunk.start for chunk in chunks), default=0)
-        return torch.empty(longest, len(self.weight), dtype=dtype, device=hidden_ND.device)
 
     def _slope(self, logits: Tensor) -> Tensor | None:
         """Derivative of the logits in h W^T + b but for the scale; None where it is 1."""
@@ -117,6 +116,41 @@ class Head:
         if slope is not None:
             gradient *= slope
         return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
+
+
+class _Pieces:
+    """How hidden states are cut into blocks and chunks, and where a chunk's logits are made in fp32: in the rows of its block that
+    their gradient takes, if that is fp32 too, else in one place for all chunks."""
+
+    def __init__(self, head: Head, hidden_ND: Tensor) -> None:
+        self.head, self.hidden_ND = head, hidden_ND
+        self.blocks = head._blocks(hidden_ND)
+        self.in_place = hidden_ND.dtype == torch.float32
+        self._room: Tensor | None = None
+
+    def chunks(self, block: slice) -> list[slice]:
+        return self.head._chunks(self.hidden_ND, block)
+
+    def new(self, block: slice) -> Tensor:
+        """Place for the gradient of a block in the logits."""
+        return self._empty(block.stop - block.start, self.hidden_ND.dtype)
+
+    def place(self, rows: Tensor | None) -> Tensor:
+        """Where the logits of a chunk are made; `rows` of its block, if there is one."""
+        if rows is not None and self.in_place:
+            return rows
+        if self._room is None:  # made anew for each chunk, blocks of this size would lie side by side
+            longest = max(chunk.stop - chunk.start for block in self.blocks for chunk in self.chunks(block))
+            self._room = self._empty(longest, torch.float32)
+        return self._room
+
+    def store(self, gradient: Tensor, rows: Tensor) -> None:
+        """Put what was made in `place(rows)` into `rows`."""
+        if not self.in_place:
+            rows.copy_(gradient)
+
+    def _empty(self, rows: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(rows, len(self.head.weight), dtype=dtype, device=self.hidden_ND.device)
 
 
 def head_of(model: Any) -> Head:
@@ -141,31 +175,32 @@ class _ChunkedLogProb(torch.autograd.Function):
     ) -> Tensor:
         head = Head(weight_VD, bias_V, scale, softcap)
         out_N, total_N = (torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device) for _ in range(2))
-        blocks, chunks = head._blocks(hidden_ND), head._chunks(hidden_ND)
         trains = learning and any(ctx.needs_input_grad[1:3])
-        kept = head._rows(blocks, hidden_ND, hidden_ND.dtype) if trains and len(blocks) == 1 else None
+        keeps = trains and len(hidden_ND) * len(weight_VD) * hidden_ND.element_size() <= _KEPT_BYTES
         through = torch.empty_like(hidden_ND) if learning and ctx.needs_input_grad[0] and not trains else None
-        in_place = kept is not None and kept.dtype == torch.float32
-        room = None if in_place else head._rows(chunks, hidden_ND, torch.float32)
-        for chunk in chunks:
-            logits = head._logits(hidden_ND[chunk], kept[chunk] if kept is not None and in_place else room)
-            of_target = logits.gather(1, target_N[chunk, None])[:, 0]
-            slope = None if kept is None and through is None else head._slope(logits)
-            largest = logits.amax(dim=1)
-            sums = logits.sub_(largest[:, None]).exp_().sum(dim=1)  # torch.logsumexp makes a second tensor of this size
-            total_N[chunk] = sums.log().add_(largest)
-            out_N[chunk] = of_target - total_N[chunk]
-            if kept is None and through is None:
-                continue
-            gradient = head._log_prob_gradient(logits.div_(sums[:, None]), target_N[chunk], slope)
-            if through is not None:
-                through[chunk] = gradient.to(hidden_ND.dtype) @ weight_VD
-            elif kept is not None and not in_place:
-                kept[chunk] = gradient
+        pieces = _Pieces(head, hidden_ND)
+        kept: list[Tensor] = []
+        for block in pieces.blocks:
+            kept += [pieces.new(block)] if keeps else []
+            for chunk in pieces.chunks(block):
+                rows = kept[-1][chunk.start - block.start : chunk.stop - block.start] if keeps else None
+                logits = head._logits(hidden_ND[chunk], pieces.place(rows))
+                of_target = logits.gather(1, target_N[chunk, None])[:, 0]
+                slope = head._slope(logits) if keeps or through is not None else None
+                largest = logits.amax(dim=1)
+                sums = logits.sub_(largest[:, None]).exp_().sum(dim=1)  # torch.logsumexp makes a second tensor of this size
+                total_N[chunk] = sums.log().add_(largest)
+                out_N[chunk] = of_target - total_N[chunk]
+                if keeps or through is not None:
+                    gradient = head._log_prob_gradient(logits.div_(sums[:, None]), target_N[chunk], slope)
+                if through is not None:
+                    through[chunk] = gradient.to(hidden_ND.dtype) @ weight_VD
+                elif rows is not None:
+                    pieces.store(gradient, rows)
         if through is not None:
             ctx.save_for_backward(through)
         else:
-            ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, total_N, kept)
+            ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, total_N, *kept)
         ctx.scale, ctx.softcap = scale, softcap
         return out_N
 
@@ -174,7 +209,7 @@ class _ChunkedLogProb(torch.autograd.Function):
         first_ND, *others = ctx.saved_tensors
         if not others:
             return (first_ND * grads[0][:, None]).to(first_ND.dtype), *(None,) * 6
-        hidden_ND, (weight_VD, bias_V, target_N, total_N, kept) = first_ND, others
+        hidden_ND, (weight_VD, bias_V, target_N, total_N, *kept) = first_ND, others
         head = Head(weight_VD, bias_V, ctx.scale, ctx.softcap)
 
         def gradient_of(chunk: slice, room: Tensor) -> Tensor:
@@ -242,13 +277,13 @@ def _gradients(
     hidden_ND: Tensor,
     grad_N: Tensor,
     gradient_of: Callable[[slice, Tensor], Tensor],
-    kept: Tensor | None = None,
+    kept: Sequence[Tensor] = (),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients in hidden states, weight and bias, as far as they are asked for.
 
     `gradient_of(chunk, room)` makes the gradient of the results of a chunk in `h W^T + b`, fp32, in the first rows of `room`;
-    `kept` is that of all positions where it is known already, in the compute dtype. What arrives, `grad_N`, multiplies whole
-    rows of it, and so is applied to the smaller factors and results of the products instead.
+    `kept` is that of each block where it is known already, in the compute dtype. What arrives, `grad_N`, multiplies whole rows
+    of it, and so is applied to the smaller factors and results of the products instead.
     """
     needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     weight_VD, dtype, device = head.weight, hidden_ND.dtype, hidden_ND.device
@@ -258,18 +293,13 @@ def _gradients(
     if needs_weight and total is None:
         grad_weight = torch.zeros(weight_VD.shape, dtype=torch.float32, device=device)
     grad_bias = torch.zeros(len(weight_VD), dtype=torch.float32, device=device) if needs_bias else None
-    blocks = head._blocks(hidden_ND)
-    chunks = [head._chunks(hidden_ND, block) if kept is None else [] for block in blocks]
-    place = head._rows(blocks, hidden_ND, dtype) if kept is None else kept
-    room = None if dtype == torch.float32 else head._rows([*chain.from_iterable(chunks)], hidden_ND, torch.float32)
-    for block, of_block in zip(blocks, chunks, strict=True):
-        gradient = place[: block.stop - block.start]
-        for chunk in of_block:
+    pieces = _Pieces(head, hidden_ND)
+    made = None if kept or not pieces.blocks else pieces.new(pieces.blocks[0])  # the longest
+    for number, block in enumerate(pieces.blocks):
+        gradient = kept[number] if made is None else made[: block.stop - block.start]
+        for chunk in pieces.chunks(block) if made is not None else []:
             rows = gradient[chunk.start - block.start : chunk.stop - block.start]
-            if room is None:
-                gradient_of(chunk, rows)
-            else:
-                rows.copy_(gradient_of(chunk, room))
+            pieces.store(gradient_of(chunk, pieces.place(rows)), rows)
         hidden, grad = hidden_ND[block], grad_N[block, None]
         if grad_bias is not None:
             grad_bias += (gradient.T @ grad.to(dtype))[:, 0]
