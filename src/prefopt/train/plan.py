@@ -36,6 +36,7 @@ _STEPS_LOOKED_AT = 200
 _PARTS_LOOKED_AT = 16  # of the reference pass
 _GAPS = 0.15  # share of the passes
 _KERNELS = 100 << 20  # buffers of the libraries that multiply matrices
+_IN_BF16 = 8  # bytes of such buffers for each number of the largest weight
 _SMALL_SHARE = 0.3  # a rough bound below this share of the room needs no closer look
 
 
@@ -159,7 +160,7 @@ def _counted(
         **_weight_parts(config, size, weights - quantized[0], trained),
         "AdamW moments": optimizer.moment_bytes,
         "passes over the largest micro-batch": max(passes[0] - held, optimizer.update_bytes),  # an update comes after them
-        "gaps between them": _gaps(passes[0] - held, machine),
+        "gaps and kernels": _gaps(passes[0] - held, machine, largest=max(map(torch.Tensor.numel, policy.model.parameters()))),
         "reference model": weights * {"live": size, "tr-dpo": 4, "ema": 4}.get(config.reference_kind, 0),
     }
     return MemoryPlan(
@@ -185,11 +186,12 @@ def _weight_parts(config: RunConfig, size: int, weights: int, trained: int) -> d
     }
 
 
-def _gaps(passes: int, machine: Machine) -> int:
-    """What the CPU's allocator loses between blocks that come and go, by measurement (benchmarks/RESULTS.md)."""
+def _gaps(passes: int, machine: Machine, *, largest: int) -> int:
+    """What the CPU's allocator loses between blocks that come and go, and what kernels take for themselves: in bf16 copies of the
+    matrices that they multiply, of which the `largest` has so many numbers. By measurement (benchmarks/RESULTS.md)."""
     if machine.device.type != "cpu":
         return 0
-    return int(_GAPS * passes) + _KERNELS
+    return int(_GAPS * passes) + _KERNELS + (_IN_BF16 * largest if machine.dtype == torch.bfloat16 else 0)
 
 
 def _reference_pass(
