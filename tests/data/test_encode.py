@@ -326,7 +326,7 @@ class TestCache:
         rows, tokenizer = GroupSet(groups=ROWS), byte_level()
         first = cached_encoding(rows, tokenizer, root=tmp_path)
         assert len(first.groups) == 3 and len(first.bad) == 1 and first.special_text == ("rows.jsonl:2",)
-        monkeypatch.setattr(token_cache, "Encoding", pytest.fail)
+        monkeypatch.setattr(token_cache, "encode_parts", pytest.fail)
         again = cached_encoding(rows, tokenizer, root=tmp_path)
         assert same(first, again) and same(first, encode_groups(rows, tokenizer))
         changed = GroupSet(groups=tuple(replace(row, feedback=Feedback("pair", weight=0.5)) for row in ROWS))

@@ -177,7 +177,7 @@ class TestCache:
 
         tokenizer = byte_level()
         made = {which: cached_encoding(self.ROWS, tokenizer, train_on=which, root=tmp_path) for which in ("all", "last")}
-        monkeypatch.setattr(token_cache, "Encoding", pytest.fail)
+        monkeypatch.setattr(token_cache, "encode_parts", pytest.fail)
         for which, first in made.items():
             again = cached_encoding(self.ROWS, tokenizer, train_on=which, root=tmp_path)
             assert plain(again) == plain(first)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from prefopt.data.groups import Feedback, GroupSet
 from prefopt.data.mismatch import Counterparts, mismatched, with_mismatched
 from prefopt.data.projections import demonstrations
 from prefopt.data.suitable import suitable
-from prefopt.data.token_store import StoredRows, read_tokens, writing_tokens
+from prefopt.data.token_store import StoredRows, TokenWriter, read_tokens, token_batches, writing_tokens
 from prefopt.data.tokens import (
     JoinedRows,
     TokenGroup,
@@ -67,11 +67,15 @@ def made(count: int, *, seed: int = 0, kinds: Sequence[Feedback] = FEEDBACKS, lo
     return groups
 
 
+def add_all(writer: TokenWriter, rows: Iterable[tuple[int, TokenGroup]]) -> None:
+    for batch in token_batches(rows):
+        writer.add(batch)
+
+
 def stored(folder: Path, groups: Sequence[TokenGroup], notes: dict[str, Any] | None = None) -> StoredRows:
     path = folder / "tokens.arrow"
     with writing_tokens(path) as writer:
-        for place, group in enumerate(groups):
-            writer.add(place, group)
+        add_all(writer, enumerate(groups))
         writer.notes = notes or {}
     rows, found = read_tokens(path, [group.feedback for group in groups])
     assert found == (notes or {})
@@ -235,7 +239,7 @@ def test_a_file_of_other_rows_or_columns_is_refused(tmp_path: Path) -> None:
 def test_a_killed_writer_leaves_nothing(tmp_path: Path) -> None:
     def killed() -> None:
         with writing_tokens(tmp_path / "tokens.arrow") as writer:
-            writer.add(0, made(1)[0])
+            writer.add(next(token_batches([(0, made(1)[0])])))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -269,8 +273,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
         path = tmp_path / f"{count}.arrow"
         tracemalloc.start()
         with writing_tokens(path) as writer:
-            for place in range(count):
-                writer.add(place, group)
+            add_all(writer, ((place, group) for place in range(count)))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.reset_peak()
         rows, _ = read_tokens(path, [group.feedback] * count)

@@ -24,7 +24,7 @@ from prefopt.data.tokens import TokenSet as TokenSet
 
 TrainOn = Literal["all", "last"]
 
-_ROWS_TOGETHER = 512  # texts of so many rows are tokenised at once, and no more of them are held
+ROWS_TOGETHER = 512  # texts of so many rows are tokenised at once, and no more of them are held
 
 
 def encode_groups(groups: GroupSet, tokenizer: Any, *, template: str = "auto", train_on: TrainOn = "all") -> TokenSet:
@@ -36,13 +36,13 @@ def encode_groups(groups: GroupSet, tokenizer: Any, *, template: str = "auto", t
     """
     encoding = Encoding(tokenizer, template=template, train_on=train_on)
     encoded = tuple(group for _, group in encoding.of(groups.groups))
-    return TokenSet(groups=encoded, bad=encoding.bad, special_text=tuple(encoding.special_text))
+    return TokenSet(groups=encoded, bad=tuple(encoding.bad), special_text=tuple(encoding.special_text))
 
 
 class Encoding:
     """Token ids of groups one after another, as in `encode_groups`; what is held meanwhile does not grow with the rows.
 
-    `bad` and `special_text` are those of the groups so far.
+    `bad` (what the template cannot render, and what has no tokens) and `special_text` are those of the groups so far.
     """
 
     def __init__(self, tokenizer: Any, *, template: str = "auto", train_on: TrainOn = "all") -> None:
@@ -50,20 +50,14 @@ class Encoding:
         self.template = template
         self.train_on = train_on
         self.encoder = TextEncoder(tokenizer)
+        self.bad: list[BadRow] = []
         self.special_text: list[str] = []
         self._renderers: dict[str, Renderer] = {}
-        self._unrendered: list[BadRow] = []
-        self._untokenised: list[BadRow] = []
-
-    @property
-    def bad(self) -> tuple[BadRow, ...]:
-        """What was refused: what the template cannot render, then what has no tokens."""
-        return (*self._unrendered, *self._untokenised)
 
     def of(self, groups: Iterable[Group]) -> Iterator[tuple[int, TokenGroup]]:
         """(place in `groups`, token ids) of every group that is not refused."""
         numbered = enumerate(groups)
-        while together := list(islice(numbered, _ROWS_TOGETHER)):
+        while together := list(islice(numbered, ROWS_TOGETHER)):
             chunk = [(place, group, pieces) for place, group in together if (pieces := self._rendered(group)) is not None]
             texts = chain.from_iterable((prompt, *chain.from_iterable(responses)) for _, _, (prompt, responses) in chunk)
             known = self.encoder.encode(texts)
@@ -79,13 +73,13 @@ class Encoding:
         renderer = self._renderers[group.form]
         if group.prompt == NO_PROMPT and not renderer.is_plain:
             expected = "a prompt with text; the chat template has no place for none"
-            self._unrendered.append(BadRow(group.source, Reason.EMPTY_PROMPT, "prompt", '""', expected))
+            self.bad.append(BadRow(group.source, Reason.EMPTY_PROMPT, "prompt", '""', expected))
             return None
         try:
             prompt = renderer.prompt(group.prompt, group.tools)
             responses = [renderer.response(group.prompt, turns, group.tools) for turns in group.responses]
         except UnusableTemplate as error:
-            self._unrendered.append(BadRow(group.source, error.reason, "messages", error.found, error.expected))
+            self.bad.append(BadRow(group.source, error.reason, "messages", error.found, error.expected))
             return None
         for response, done in zip(responses, _finished(group), strict=True):
             if not done:
@@ -97,7 +91,7 @@ class Encoding:
         prompt_ids = self.encoder.prompt(prompt, known)
         if not len(prompt_ids):
             expected = "a prompt or a beginning-of-text token"
-            self._untokenised.append(BadRow(group.source, "empty prompt", "prompt", "no tokens", expected))
+            self.bad.append(BadRow(group.source, "empty prompt", "prompt", "no tokens", expected))
             return None
         finished = _finished(group)
         built = [
@@ -106,7 +100,7 @@ class Encoding:
         ]
         if not all(np.count_nonzero(flags) for _, flags in built):
             found, expected = "no tokens of the assistant", "an unfinished response with text"
-            self._untokenised.append(BadRow(group.source, Reason.EMPTY_RESPONSE, "responses", found, expected))
+            self.bad.append(BadRow(group.source, Reason.EMPTY_RESPONSE, "responses", found, expected))
             return None
         if prompt.has_literal or any(piece.has_literal for response in responses for piece in response):
             self.special_text.append(group.source)

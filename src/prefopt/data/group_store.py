@@ -76,16 +76,7 @@ class StoredGroups(Sequence[Group]):
         return (self._texts[place] for place in self._places.tolist())
 
     def _group(self, place: int) -> Group:
-        prompt, responses, form, source, tools, finished = marshal.loads(self._texts[place])
-        return Group(
-            prompt=tuple(starmap(Turn, prompt)),
-            responses=tuple([tuple(starmap(Turn, turns)) for turns in responses]),
-            feedback=self._feedbacks[place],
-            form=form,
-            source=source,
-            tools=tools,
-            finished=finished,
-        )
+        return group_of(self._texts[place], self._feedbacks[place])
 
 
 def kept(groups: Iterable[Group]) -> Sequence[Group]:
@@ -125,6 +116,20 @@ def _content(group: Group) -> bytes:
     responses = tuple([_texts(turns) for turns in group.responses])
     plain = (_texts(group.prompt), responses, group.form, group.source, group.tools, group.finished)
     return marshal.dumps(plain, _FORM_WITHOUT_REFERENCES)
+
+
+def group_of(content: bytes, feedback: Feedback) -> Group:
+    """The group with that feedback of which `group_contents` gives `content`."""
+    prompt, responses, form, source, tools, finished = marshal.loads(content)
+    return Group(
+        prompt=tuple(starmap(Turn, prompt)),
+        responses=tuple([tuple(starmap(Turn, turns)) for turns in responses]),
+        feedback=feedback,
+        form=form,
+        source=source,
+        tools=tools,
+        finished=finished,
+    )
 
 
 def _texts(turns: Sequence[Turn]) -> tuple[tuple[str, str, str], ...]:

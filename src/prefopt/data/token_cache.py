@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from prefopt.core.files import cache_root, digest, digest_of
 from prefopt.core.memory import collector_paused
-from prefopt.data.encode import Encoding, TokenSet, TrainOn, encode_groups
+from prefopt.data.encode import TokenSet, TrainOn, encode_groups
+from prefopt.data.encode_parts import encode_parts
 from prefopt.data.group_store import group_contents, group_feedbacks
 from prefopt.data.groups import BadRow, GroupSet
 from prefopt.data.token_store import read_tokens, writing_tokens
@@ -36,11 +37,15 @@ def cached_encoding(
             return _read(path, groups)
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
             path.unlink(missing_ok=True)
+    bad: list[BadRow] = []
+    special_text: list[str] = []
     with collector_paused(), writing_tokens(path) as writer:
-        encoding = Encoding(tokenizer, template=template, train_on=train_on)
-        for place, group in encoding.of(groups.groups):
-            writer.add(place, group)
-        writer.notes = {"bad": [asdict(row) for row in encoding.bad], "special_text": encoding.special_text}
+        for part in encode_parts(groups.groups, tokenizer, template=template, train_on=train_on):
+            for batch in part.batches:
+                writer.add(batch)
+            bad += part.bad
+            special_text += part.special_text
+        writer.notes = {"bad": [asdict(row) for row in bad], "special_text": special_text}
     return _read(path, groups)
 
 

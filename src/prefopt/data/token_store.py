@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import accumulate
@@ -33,7 +33,7 @@ from prefopt.data.groups import Feedback
 from prefopt.data.tokens import Counts, Flags, Ids, Lengths, TokenGroup, TokenRows
 
 _IDS, _FLAGS = pa.list_(pa.int32()), pa.list_(pa.bool_())
-_SCHEMA = pa.schema(
+TOKEN_SCHEMA = pa.schema(
     {
         "place": pa.int64(),
         "source": pa.binary(),
@@ -50,38 +50,40 @@ _CRC_BYTES = 4
 
 
 class TokenWriter:
-    """Takes groups one by one and holds at most one batch of them. Made by `writing_tokens`."""
+    """Takes batches one by one and holds none. Made by `writing_tokens`."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
         self.notes: dict[str, Any] = {}
-        self._places: list[int] = []
-        self._groups: list[TokenGroup] = []
-        self._tokens = 0
 
-    def add(self, place: int, group: TokenGroup) -> None:
-        """Append `group`, which is row `place` of what was encoded."""
-        self._places.append(place)
-        self._groups.append(group)
-        self._tokens += group.unique_tokens
-        if len(self._groups) == _ROWS_PER_BATCH or self._tokens >= _TOKENS_PER_BATCH:
-            self.flush()
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Append a batch of `token_batches`."""
+        self.stream.write_batch(batch)
 
-    def flush(self) -> None:
-        """Write the groups that are held."""
-        if self._groups:
-            self.stream.write_batch(_batch(self._places, self._groups))
-        self._places, self._groups, self._tokens = [], [], 0
+
+def token_batches(rows: Iterable[tuple[int, TokenGroup]]) -> Iterator[pa.RecordBatch]:
+    """Batches of groups, each with its number as a row of what was encoded; at most one batch of groups is held."""
+    places: list[int] = []
+    groups: list[TokenGroup] = []
+    tokens = 0
+    for place, group in rows:
+        places.append(place)
+        groups.append(group)
+        tokens += group.unique_tokens
+        if len(groups) == _ROWS_PER_BATCH or tokens >= _TOKENS_PER_BATCH:
+            yield _batch(places, groups)
+            places, groups, tokens = [], [], 0
+    if groups:
+        yield _batch(places, groups)
 
 
 @contextmanager
 def writing_tokens(path: Path) -> Iterator[TokenWriter]:
     """A writer of the file `path`, which is there whole once the block has ended, with the writer's `notes`, or not at all."""
     with whole_file(path) as partial:
-        with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as stream:
+        with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, TOKEN_SCHEMA) as stream:
             writer = TokenWriter(stream)
             yield writer
-            writer.flush()
             stream.write_batch(_batch([], []), {_NOTES: json.dumps(writer.notes).encode()})
         crc = _crc(partial, partial.stat().st_size)
         with open(partial, "ab") as end:
@@ -115,7 +117,7 @@ def _batch(places: Sequence[int], groups: Sequence[TokenGroup]) -> pa.RecordBatc
         nested(of_groups, nested(of_responses, flags)),
         pa.array([group.finished for group in groups], _FLAGS),
     ]
-    return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
+    return pa.RecordBatch.from_arrays(columns, schema=TOKEN_SCHEMA)
 
 
 def _values(parts: Sequence[Ids] | Sequence[Flags], kind: type[np.generic]) -> pa.Array:
@@ -219,7 +221,7 @@ def read_tokens(path: Path, feedbacks: Sequence[Feedback]) -> tuple[StoredRows, 
         raise ValueError(f"{path}: is not as it was written")
     with pa.memory_map(str(path)) as mapped:
         stream = pa.ipc.open_stream(mapped.read_buffer(size))
-    if not stream.schema.equals(_SCHEMA):
+    if not stream.schema.equals(TOKEN_SCHEMA):
         raise ValueError(f"{path}: has other columns")
     *batches, (last, metadata) = stream.iter_batches_with_custom_metadata()
     if last.num_rows or metadata is None:
