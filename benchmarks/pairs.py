@@ -50,7 +50,7 @@ def select_rows(data: str, model: str, wanted: int, max_tokens: int) -> list[dic
     from prefopt.core.progress import set_quiet
     from prefopt.data.encode import encode_groups
     from prefopt.data.groups import GroupSet
-    from prefopt.data.shapes import load_groups
+    from prefopt.data.load import load_groups
     from prefopt.data.transcripts import join_hh
     from prefopt.model.load import load_tokenizer
 

@@ -54,8 +54,8 @@ def private() -> int:
 def run_phase(phase: str, folder: Path, model: str, rows: int) -> dict[str, float]:
     from prefopt.core.progress import set_quiet
     from prefopt.data.groups import Feedback
+    from prefopt.data.load import load_groups
     from prefopt.data.pack import groups_of_step
-    from prefopt.data.shapes import load_groups
     from prefopt.data.token_cache import cached_encoding
     from prefopt.data.token_store import read_tokens
     from prefopt.model.load import load_tokenizer

@@ -42,7 +42,7 @@ def parse() -> argparse.Namespace:
 
 def write_rows(path: Path, count: int) -> None:
     """Conversations of the pairs of HH helpful-base that part at the last turn, over and over, each with its number."""
-    from prefopt.data.shapes import load_groups
+    from prefopt.data.load import load_groups
 
     groups = load_groups(SHARED / "data" / "hh-rlhf" / "helpful-base-test.jsonl.gz").groups
     with open(path, "w", encoding="utf-8") as file:
@@ -55,7 +55,7 @@ def write_rows(path: Path, count: int) -> None:
 
 
 def prepare_prefopt(rows: Path, tokenizer: Any) -> Any:
-    from prefopt.data.shapes import load_groups
+    from prefopt.data.load import load_groups
     from prefopt.data.token_cache import cached_encoding
 
     return cached_encoding(load_groups(rows), tokenizer, root=rows.parent / "tokens").groups
@@ -81,7 +81,7 @@ def run_side(side: str, folder: Path, model: str) -> None:
     set_quiet(True)
     tokenizer = load_tokenizer(model)
     imported = (
-        ("prefopt.data.shapes", "prefopt.data.token_cache") if side == "prefopt" else ("datasets", "trl.trainer.dpo_trainer")
+        ("prefopt.data.load", "prefopt.data.token_cache") if side == "prefopt" else ("datasets", "trl.trainer.dpo_trainer")
     )
     for module in imported:
         importlib.import_module(module)

@@ -10,7 +10,7 @@ import pytest
 
 from cli.command_line import prefopt
 from cli.refusals import DATA, MODEL, USAGE, assert_refused
-from prefopt.data.shapes import load_groups
+from prefopt.data.load import load_groups
 from rollout.fake_endpoint import FakeEndpoint, longer_wins
 from train.tiny_runs import write_model
 

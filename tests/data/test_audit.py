@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from prefopt.data.audit import audit, audit_lines, length_bias, wilson
 from prefopt.data.encode import TokenGroup, TokenSet
 from prefopt.data.groups import BadRow, GroupSet
-from prefopt.data.shapes import load_groups
+from prefopt.data.load import load_groups
 
 SHARED = Path(os.environ.get("PREFOPT_SHARED") or Path(__file__).resolve().parents[3] / "shared") / "data"
 LENGTHS = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=40)

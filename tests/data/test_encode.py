@@ -17,8 +17,8 @@ from prefopt.data import token_cache
 from prefopt.data.budget import fit_budget
 from prefopt.data.encode import TokenGroup, TokenSet, encode_groups, end_of_turn_ids, prompt_ids
 from prefopt.data.groups import Feedback, Group, GroupSet, Turn
+from prefopt.data.load import load_groups
 from prefopt.data.refusals import Reason
-from prefopt.data.shapes import load_groups
 from prefopt.data.token_cache import cached_encoding, encoding_key
 
 CHAT = (Turn("user", "what is the capital of France?"),)

@@ -1,115 +1,142 @@
-"""Other processes make a part of the token ids; what comes of it is that of one process, whatever becomes of the others."""
+"""Many rows are read and encoded with the help of other processes: the same rows, refusals and notes as by one."""
 
 from __future__ import annotations
 
+import gzip
+import json
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data.tiny_tokenizers import CHATML, byte_level, metaspace
-from prefopt.core.errors import ModelError
-from prefopt.data import encode_parts as parts
-from prefopt.data import group_store
+from prefopt.core.errors import DataError, ModelError
+from prefopt.data import encode_parts, group_store, load, processes, read
 from prefopt.data.encode import encode_groups
-from prefopt.data.encode_parts import Part
-from prefopt.data.group_store import kept
-from prefopt.data.groups import Feedback, Group, GroupSet, Turn
+from prefopt.data.groups import GroupSet
+from prefopt.data.load import load_groups
 from prefopt.data.token_cache import cached_encoding
 
-SPECIAL = "<|im_end|>"
 ROWS = 300
 
 
-def row(number: int) -> Group:
-    """Every seventh row has a special token's text in it; of every eleventh a response has no text, and it is refused."""
-    asked = f"what is {number}  and the boat {SPECIAL if number % 7 == 0 else ''}?"
-    answers = [f" the water {number}", f"no {number * 3} boats" if number % 11 else ""]
-    return Group(
-        prompt=(Turn("user", asked),),
-        responses=tuple((Turn("assistant", text),) for text in answers),
-        feedback=Feedback("pair", margin=float(number % 3)),
-        source=f"rows:{number}",
-        finished=(True, bool(number % 11)),
-    )
+def line(number: int) -> bytes:
+    """Rows of which some have special text, some a response without text, some unused fields; and lines that are no rows."""
+    if number % 50 == 3:
+        return b'{"prompt": "cut'
+    if number % 50 == 4:
+        return b"\n"
+    if number % 50 == 5:
+        return b'{"prompt": "\xff"}\n'
+    row = {
+        "prompt": f"what is {number}  and the boat {'<|im_end|>' if number % 7 == 0 else ''}?",
+        "chosen": f" the water {number}",
+        "rejected": f"no {number * 3} boats" if number % 11 else "",
+        "margin": number % 3,
+        "rejected_finished": number % 13 > 0,
+    }
+    row |= {"prompt": [{"role": "user", "content": "hello", "id": 1}]} if number % 50 == 6 else {}
+    row |= {f"field {number % 4}": 1} if number > ROWS // 2 else {}
+    return json.dumps(row).encode() + b"\n"
 
 
 @pytest.fixture
-def groups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> GroupSet:
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b"".join(line(number) + b"\n" * (number % 50 == 3) for number in range(ROWS)))
+    return path
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Any]]:
+    """What children were asked for. All of them are there before anything is shared, and threads take turns often."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
     monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(group_store, "IN_MEMORY_GROUPS", 2)
-    monkeypatch.setattr(parts, "ROWS_TOGETHER", 8)
-    monkeypatch.setattr(parts, "_ROWS_OF_A_CHILD", 100)
-    monkeypatch.setattr(parts, "_cores", lambda: 3)
-    return GroupSet(kept(map(row, range(ROWS))))
+    monkeypatch.setattr(read, "_LINES_TOGETHER", 8)
+    monkeypatch.setattr(encode_parts, "ROWS_TOGETHER", 8)
+    monkeypatch.setattr(load, "_BYTES_OF_A_CHILD", 1000)
+    monkeypatch.setattr(encode_parts, "_ROWS_OF_A_CHILD", 100)
+    monkeypatch.setattr(processes, "_cores", lambda: 3)
+    found: list[Any] = []
+    part, check = processes._Child.part, processes._Children.check
+
+    def noting(self: Any, order: Any) -> Any:
+        found.append(order)
+        return part(self, order)
+
+    def waiting(self: Any, order: object, made: object) -> None:
+        check(self, order, made)
+        for checked in self._checked:
+            checked.result(timeout=60)
+
+    monkeypatch.setattr(processes._Child, "part", noting)
+    monkeypatch.setattr(processes._Children, "check", waiting)
+    yield found
+    sys.setswitchinterval(interval)
 
 
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The first row of what children were asked for, in the order in which they were asked."""
-    found: list[int] = []
-    encode = parts._Child.encode
-
-    def noting(self: Any, order: Any) -> Part:
-        found.append(order.first)
-        return encode(self, order)
-
-    monkeypatch.setattr(parts._Child, "encode", noting)
-    return found
+def read_alone(path: Path) -> GroupSet:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "_cores", lambda: 1)
+        return load_groups(path)
 
 
-@pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is done here before every child is checked, so that they have something to do."""
-    shared = parts._shared
-
-    def waiting(spans: Any, own: Any, submit: Any, children: Any) -> Iterator[Part]:
-        for check in children._checked:
-            check.result(timeout=60)
-        return shared(spans, own, submit, children)
-
-    monkeypatch.setattr(parts, "_shared", waiting)
+def in_memory(groups: GroupSet) -> GroupSet:
+    return replace(groups, groups=tuple(groups.groups))
 
 
-def listed(parts: Iterator[Part]) -> tuple[list[Any], list[Any], list[str]]:
-    made = list(parts)
-    return (
-        [row for part in made for batch in part.batches for row in batch.to_pylist()],
-        [bad for part in made for bad in part.bad],
-        [source for part in made for source in part.special_text],
+def test_rows_refusals_and_notes_are_those_of_one_process(file: Path, asked: list[Any]) -> None:
+    expected = in_memory(read_alone(file))
+    assert not asked
+    assert (
+        len(expected.bad) > 30 and len(expected.groups) > 200 and "field 3" in expected.notes[1] and "id" in expected.notes[1]
     )
+    assert in_memory(load_groups(file)) == expected
+    assert len(asked) > 10 and {type(order).__name__ for order in asked} == {"Lines"}
 
 
-def encoded(groups: GroupSet, tokenizer: Any) -> tuple[list[Any], list[Any], list[str]]:
-    return listed(parts.encode_parts(groups.groups, tokenizer, template="auto", train_on="all"))
+def test_a_zipped_file_is_read_alike(file: Path, asked: list[Any], tmp_path: Path) -> None:
+    path = tmp_path / "zipped" / "rows.jsonl.gz"
+    path.parent.mkdir()
+    path.write_bytes(gzip.compress(file.read_bytes()))
+    found = in_memory(load_groups(path))
+    assert asked
+    expected = in_memory(read_alone(path))
+    assert found == expected and found.groups[5].source == "rows.jsonl.gz:10"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) * 2 // 3])
+    with pytest.raises(DataError, match="is not a whole gzip file"):
+        load_groups(path)
+    assert not list((tmp_path / "cache").iterdir())
 
 
-def alone(groups: GroupSet, tokenizer: Any) -> tuple[list[Any], list[Any], list[str]]:
-    return encoded(GroupSet(tuple(groups.groups)), tokenizer)  # groups in memory are few
+def test_the_first_rows_alone_are_read_by_one_process(file: Path, asked: list[Any]) -> None:
+    assert load_groups(file, max_rows=100).rows == 100
+    assert not asked
 
 
-@pytest.mark.usefixtures("patient")
-@pytest.mark.parametrize(("tokenizer", "special"), [(byte_level(), ROWS // 7 + 1), (metaspace(CHATML), 0)])
-def test_the_rows_and_their_order_are_those_of_one_process(
-    groups: GroupSet, asked: list[int], tokenizer: Any, special: int
+def test_a_shape_that_is_said_and_one_that_does_not_exist(file: Path, asked: list[Any]) -> None:
+    assert load_groups(file, shape="transcripts").shape == "transcripts"
+    with pytest.raises(DataError, match='no shape "triple"'):
+        load_groups(file, shape="triple")
+
+
+@pytest.mark.usefixtures("asked")
+@pytest.mark.parametrize(("tokenizer", "special"), [(byte_level(), True), (metaspace(CHATML), False)])
+def test_token_ids_are_those_of_one_process(
+    file: Path, asked: list[Any], tmp_path: Path, tokenizer: Any, special: bool
 ) -> None:
     """The first tokenizer has the token that some rows spell, the second does not."""
-    expected = alone(groups, tokenizer)
-    assert not asked
-    assert len(expected[1]) == ROWS // 11 + 1
-    assert bool(expected[2]) == bool(special) and len(expected[2]) <= special
-    assert encoded(groups, tokenizer) == expected
-    assert asked.count(0) == 2  # the check
-    assert len(set(asked)) > 10
-
-
-def test_through_the_cache(groups: GroupSet, asked: list[int], tmp_path: Path) -> None:
-    tokenizer = byte_level()
+    groups = read_alone(file)
     made = cached_encoding(groups, tokenizer, root=tmp_path)
-    assert asked
+    assert len({order[0] for order in asked}) > 10
     expected = encode_groups(groups, tokenizer)
-    assert (made.bad, made.special_text) == (expected.bad, expected.special_text)
+    assert (made.bad, made.special_text) == (expected.bad, expected.special_text) and bool(made.special_text) == special
     assert [group.source for group in made.groups] == [group.source for group in expected.groups]
     for one, other in zip(made.groups, expected.groups, strict=True):
         assert one.feedback == other.feedback and one.finished == other.finished
@@ -118,66 +145,16 @@ def test_through_the_cache(groups: GroupSet, asked: list[int], tmp_path: Path) -
         ]
 
 
-@pytest.mark.usefixtures("patient")
-def test_a_child_that_dies_costs_nothing(groups: GroupSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_that_cannot_be_sent_is_used_here(file: Path, asked: list[Any], tmp_path: Path) -> None:
     tokenizer = byte_level()
-    encode, killed = parts._Child.encode, list[Any]()
-
-    def dying(self: Any, order: Any) -> Part:
-        if order.first and not killed:
-            self.process.kill()
-            killed.append(self.process)
-        return encode(self, order)
-
-    monkeypatch.setattr(parts._Child, "encode", dying)
-    assert encoded(groups, tokenizer) == alone(groups, tokenizer)
-    assert killed and killed[0].poll() is not None
+    tokenizer.made_here = lambda: None
+    groups = read_alone(file)
+    assert len(cached_encoding(groups, tokenizer, root=tmp_path).groups) == len(encode_groups(groups, tokenizer).groups)
+    assert not asked
 
 
-@pytest.mark.usefixtures("patient")
-def test_a_child_that_answers_otherwise_is_not_used(groups: GroupSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = byte_level()
-    encode, given = parts._Child.encode, list[int]()
-
-    def other(self: Any, order: Any) -> Part:
-        given.append(order.first)
-        return encode(self, order)._replace(special_text=("rows:1",))
-
-    monkeypatch.setattr(parts._Child, "encode", other)
-    assert encoded(groups, tokenizer) == alone(groups, tokenizer)
-    assert given == [0, 0]
-
-
-def test_no_child_is_left_when_the_rows_are_not_wanted_any_more(groups: GroupSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[Any] = []
-    start = parts._Child.__init__
-
-    def noting(self: Any, how: bytes) -> None:
-        start(self, how)
-        started.append(self.process)
-
-    monkeypatch.setattr(parts._Child, "__init__", noting)
-    found = parts.encode_parts(groups.groups, byte_level(), template="auto", train_on="all")
-    next(found)
-    found.close()  # type: ignore[attr-defined]
-    assert len(started) == 2 and all(process.poll() is not None for process in started)
-
-
-def test_rows_that_cannot_be_rendered_are_an_error_as_in_one_process(groups: GroupSet) -> None:
+def test_rows_that_no_template_renders_are_an_error_and_leave_nothing(file: Path, asked: list[Any], tmp_path: Path) -> None:
+    groups = read_alone(file)
     with pytest.raises(ModelError, match="no chat template"):
-        encoded(groups, byte_level(None))
-
-
-@pytest.mark.parametrize("why", ["one core", "few rows", "no name of Python", "a tokenizer that cannot be sent"])
-def test_no_children_where_they_cannot_help(groups: GroupSet, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
-    tokenizer = byte_level()
-    if why == "one core":
-        monkeypatch.setattr(parts, "_cores", lambda: 1)
-    elif why == "few rows":
-        monkeypatch.setattr(parts, "_ROWS_OF_A_CHILD", ROWS + 1)
-    elif why == "no name of Python":
-        monkeypatch.setattr(parts.sys, "executable", "")
-    else:
-        tokenizer.made_here = lambda: None
-    monkeypatch.setattr(parts, "_Children", None)  # calling it would fail
-    assert len(encoded(groups, tokenizer)[0]) == ROWS - ROWS // 11 - 1
+        cached_encoding(groups, byte_level(None), template="chat", root=tmp_path / "tokens")
+    assert not asked and not list((tmp_path / "tokens").iterdir())

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from prefopt.data.groups import Group
+from prefopt.data.load import load_groups
 from prefopt.data.refusals import Reason
-from prefopt.data.shapes import USED_COLUMNS, load_groups
+from prefopt.data.shapes import USED_COLUMNS
 
 PAIR = {"prompt": "Why?", "chosen": "Because.", "rejected": "No idea."}
 TALKS = {

@@ -16,7 +16,7 @@ from prefopt.data import group_store
 from prefopt.data.audit import audit
 from prefopt.data.group_store import StoredGroups, group_feedbacks, kept, pick_groups
 from prefopt.data.groups import Feedback, Group, Turn
-from prefopt.data.shapes import load_groups
+from prefopt.data.load import load_groups
 from prefopt.data.splits import load_splits
 from prefopt.data.tokens import TokenSet
 

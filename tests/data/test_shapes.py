@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from prefopt.core.config import ROW_SHAPES
 from prefopt.core.errors import DataError
 from prefopt.data.groups import Feedback, Group, Turn
+from prefopt.data.load import detect_shape, load_groups
 from prefopt.data.refusals import EXPLANATIONS, Reason
-from prefopt.data.shapes import detect_shape, load_groups
 from prefopt.data.transcripts import join_hh
 
 SHARED = Path(os.environ.get("PREFOPT_SHARED") or Path(__file__).resolve().parents[3] / "shared") / "data"

@@ -11,7 +11,7 @@ import pytest
 
 from prefopt.core.errors import DataError
 from prefopt.data.groups import Feedback, Group, Turn
-from prefopt.data.shapes import load_groups
+from prefopt.data.load import load_groups
 from prefopt.evaluate.accuracy import accuracy_lines, accuracy_section, categories_of, macro_mean
 from prefopt.evaluate.intervals import wilson
 from prefopt.evaluate.pair_scores import text_scores

@@ -27,7 +27,7 @@ from model.tiny_reward_models import classifier, groups, plain_scores, save
 from prefopt.core.errors import ModelError
 from prefopt.core.files import write_json
 from prefopt.data.encode import encode_groups
-from prefopt.data.shapes import load_groups
+from prefopt.data.load import load_groups
 from prefopt.model.engine import weights_identity
 from prefopt.model.load import load_model, load_reward_model
 from prefopt.model.padding import padding_token, set_padding

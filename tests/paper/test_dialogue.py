@@ -12,7 +12,7 @@ import pytest
 from paper.quick_form import run_quick_form
 from prefopt.core.errors import DataError
 from prefopt.core.resolve import read_recipe, resolve_config
-from prefopt.data.shapes import load_groups
+from prefopt.data.load import load_groups
 from prefopt.rollout.prompts import read_prompts
 from train.tiny_runs import write_model
 

@@ -23,7 +23,7 @@ from prefopt.core.errors import ConfigError, DataError
 from prefopt.core.frontier_recipe import expand_frontier
 from prefopt.core.resolve import read_recipe, resolve_config
 from prefopt.data.groups import Feedback
-from prefopt.data.shapes import load_groups
+from prefopt.data.load import load_groups
 from prefopt.rollout.label import label
 from prefopt.rollout.prompts import read_prompts
 from prefopt.rollout.rewards import load_reward

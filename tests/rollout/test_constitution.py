@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from prefopt.core.errors import ConfigError, DataError
-from prefopt.data.shapes import load_groups
+from prefopt.data.load import load_groups
 from prefopt.rollout.constitution import revise
 from prefopt.rollout.judges.chat import TOO_LONG, Answer, Conversation, Usage
 from prefopt.rollout.principles import Principle, read_constitution, suited

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefopt.core.errors import ConfigError, DataError
-from prefopt.data.shapes import load_groups
+from prefopt.data.load import load_groups
 from prefopt.rollout.judges.asked import PairwiseJudge
 from prefopt.rollout.judges.chat import Answer, Conversation, Usage
 from prefopt.rollout.judges.labelling import label_with_judge

@@ -14,7 +14,7 @@ import torch
 
 from prefopt.core.errors import ConfigError, ModelError
 from prefopt.data.encode import encode_groups
-from prefopt.data.shapes import load_groups
+from prefopt.data.load import load_groups
 from prefopt.model.load import load_model
 from prefopt.pipeline import train_run
 from prefopt.rollout.judges.answers import AnswerStore

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from prefopt.core.errors import ConfigError, DataError
-from prefopt.data.shapes import load_groups
+from prefopt.data.load import load_groups
 from prefopt.rollout.label import label, score_samples
 from prefopt.rollout.rewards import load_reward
 

@@ -9,7 +9,7 @@ import pytest
 
 from prefopt.core.errors import DataError, ModelError
 from prefopt.data.encode import encode_groups
-from prefopt.data.shapes import load_groups
+from prefopt.data.load import load_groups
 from prefopt.model.load import load_reward_model
 from prefopt.rollout.rewards import load_reward
 from train.tiny_reward_runs import write_reward_model

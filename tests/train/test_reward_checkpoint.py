@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from model.tiny_reward_models import plain_scores
 from prefopt.core.config import TrainConfig
 from prefopt.data.encode import TokenGroup, encode_groups
-from prefopt.data.shapes import load_groups
+from prefopt.data.load import load_groups
 from prefopt.model.load import load_reward_model
 from prefopt.model.reward_model import RewardModel
 from prefopt.train import checkpoint

@@ -16,7 +16,7 @@ from model.tiny_reward_models import plain_scores
 from prefopt.core.config import RunConfig
 from prefopt.core.run_folder import RunFolder
 from prefopt.data.encode import encode_groups
-from prefopt.data.shapes import load_groups
+from prefopt.data.load import load_groups
 from prefopt.model.load import load_reward_model
 from prefopt.pipeline import train_run
 from train.rows_of_kinds import Row, pairs, scores

@@ -35,7 +35,7 @@ def check(
     from prefopt.core.resolve import resolve_config
     from prefopt.data.audit import audit, audit_lines
     from prefopt.data.budget import token_budget
-    from prefopt.data.shapes import load_groups
+    from prefopt.data.load import load_groups
     from prefopt.data.token_cache import cached_encoding
     from prefopt.model.load import load_tokenizer, model_facts
 

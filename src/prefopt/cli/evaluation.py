@@ -100,7 +100,7 @@ def score(
     """
     from prefopt.core.files import check_writable, whole_file
     from prefopt.core.progress import say, set_quiet
-    from prefopt.data.shapes import load_groups
+    from prefopt.data.load import load_groups
     from prefopt.evaluate.subject import subject_of
 
     if as_json:
@@ -204,7 +204,7 @@ def selfcheck(
     from prefopt.core.errors import ConfigError, DataError
     from prefopt.core.progress import set_quiet
     from prefopt.data.encode import encode_groups
-    from prefopt.data.shapes import load_groups
+    from prefopt.data.load import load_groups
     from prefopt.model.load import load_model
     from prefopt.model.selfcheck import selfcheck as prove
 

@@ -27,7 +27,7 @@ def accuracy(
     from prefopt.core.errors import ConfigError
     from prefopt.core.progress import set_quiet
     from prefopt.core.run_folder import RunFolder
-    from prefopt.data.shapes import load_groups
+    from prefopt.data.load import load_groups
     from prefopt.evaluate.accuracy import accuracy_lines, accuracy_section, categories_of
     from prefopt.evaluate.results import check_results
     from prefopt.evaluate.subject import subject_of

@@ -88,25 +88,31 @@ def kept(groups: Iterable[Group]) -> Sequence[Group]:
     first = tuple(islice(source, IN_MEMORY_GROUPS + 1))
     if len(first) <= IN_MEMORY_GROUPS:
         return first
+    return stored(([_content(group)], [group.feedback]) for group in chain(first, source))
+
+
+def stored(parts: Iterable[tuple[list[bytes], list[Feedback]]]) -> StoredGroups:
+    """Groups of which some at a time are given: their `group_contents`, and what is known about each of them."""
     folder = cache_root()
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = tempfile.TemporaryFile(dir=folder, buffering=_BUFFER_BYTES)  # noqa: SIM115
         try:
-            return _written(file, chain(first, source))
+            return _written(file, parts)
         except BaseException:
             file.close()
             raise
 
 
-def _written(file: IO[bytes], groups: Iterable[Group]) -> StoredGroups:
+def _written(file: IO[bytes], parts: Iterable[tuple[list[bytes], list[Feedback]]]) -> StoredGroups:
     ends, feedbacks = array("q"), list[Feedback]()
     known: dict[Feedback, Feedback] = {}  # most rows of a file say the same
     end = 0
-    for group in groups:
-        end += file.write(_content(group))
-        ends.append(end)
-        feedbacks.append(known.setdefault(group.feedback, group.feedback))
+    for contents, found in parts:
+        for content, feedback in zip(contents, found, strict=True):
+            end += file.write(content)
+            ends.append(end)
+            feedbacks.append(known.setdefault(feedback, feedback))
     file.flush()
     return StoredGroups(_Texts(file, np.frombuffer(ends, dtype=np.int64)), feedbacks, np.arange(len(feedbacks)))
 

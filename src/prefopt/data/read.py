@@ -10,11 +10,11 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
 from prefopt.core.errors import DataError, nearest
 from prefopt.data.groups import BadRow
@@ -25,6 +25,9 @@ Found = Generator[tuple[str, "Row | Refusal"], None, None]  # (file:line, the ro
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
 _READABLE = ".jsonl, .json, .csv, .tsv (each also .gz) or .parquet"
+_LINES_TOGETHER = 512
+_BYTES_TOGETHER = 2**18  # of long lines fewer are held together
+_ZIPPED = 3  # times as much text as bytes
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -139,17 +142,60 @@ def _load_from_hub(name: str, split: str, max_rows: int | None) -> Iterable[Any]
 def _file_rows(path: Path) -> Found:
     _check_file(path)
     suffix = _suffix(path)
-    try:
-        if suffix == ".parquet":
+    if suffix == ".parquet":
+        with _readable(path):
             yield from _parquet_rows(path)
-            return
-        with open(path, "rb") as raw, _unzipped(raw, path) as file:
-            if suffix == ".jsonl":
-                yield from _json_lines(file, path.name)
-            elif suffix == ".json":
-                yield from _json_rows(file.read(), path)
-            else:
-                yield from _table_rows(file, path, "\t" if suffix == ".tsv" else ",")
+        return
+    with _opened(path) as file:
+        if suffix == ".jsonl":
+            yield from json_lines(Lines(path.name, 1, file))
+        elif suffix == ".json":
+            yield from _json_rows(file.read(), path)
+        else:
+            yield from _table_rows(file, path, "\t" if suffix == ".tsv" else ",")
+
+
+class Lines(NamedTuple):
+    """Lines of the file `name`, of which the first is line `first`, from 1."""
+
+    name: str
+    first: int
+    lines: Iterable[bytes]
+
+
+def line_bytes(source: Any) -> int:
+    """About how many bytes of text a file with a row a line holds; 0 for any other source."""
+    path = Path(source).expanduser() if isinstance(source, (str, Path)) else None
+    if path is None or not path.is_file() or _suffix(path) != ".jsonl":
+        return 0
+    return path.stat().st_size * (_ZIPPED if path.name.lower().endswith(".gz") else 1)
+
+
+def lines_of(source: str | Path) -> Generator[Lines, None, None]:
+    """The lines of such a file, many at a time. DataError where it cannot be read."""
+    path = Path(source).expanduser()
+    with _opened(path) as file:
+        first, size, lines = 1, 0, list[bytes]()
+        for line in file:
+            lines.append(line)
+            size += len(line)
+            if len(lines) == _LINES_TOGETHER or size >= _BYTES_TOGETHER:
+                yield Lines(path.name, first, lines)
+                first, size, lines = first + len(lines), 0, []
+        if lines:
+            yield Lines(path.name, first, lines)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    with _readable(path), open(path, "rb") as raw, _unzipped(raw, path) as file:
+        yield file
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: is not a whole gzip file ({error})", todo="Copy or download it again.") from error
     except OSError as error:
@@ -177,11 +223,12 @@ def _unzipped(file: IO[bytes], path: Path) -> IO[bytes]:
     return cast(IO[bytes], gzip.GzipFile(fileobj=file)) if path.name.lower().endswith(".gz") else file
 
 
-def _json_lines(lines: Iterable[bytes], name: str) -> Found:
-    for number, line in enumerate(lines, 1):
+def json_lines(lines: Lines) -> Found:
+    """The rows of lines that are not blank."""
+    for number, line in enumerate(lines.lines, lines.first):
         line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         if line.strip():
-            yield f"{name}:{number}", _json_line(line)
+            yield f"{lines.name}:{number}", _json_line(line)
 
 
 def _json_line(line: bytes) -> Row | Refusal:
@@ -219,7 +266,7 @@ def _json_rows(data: bytes, path: Path) -> Found:
     if not text[end:].strip():
         yield f"{path.name}:{text.count(chr(10), 0, start) + 1}", _row(value)
     else:
-        yield from _json_lines(io.BytesIO(data), path.name)
+        yield from json_lines(Lines(path.name, 1, io.BytesIO(data)))
 
 
 def _json_list(text: str, start: int, decoder: json.JSONDecoder, name: str) -> Found:

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
-from itertools import chain, islice
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from prefopt.core.config import ROW_SHAPES
-from prefopt.core.errors import DataError, nearest
-from prefopt.core.memory import collector_paused
 from prefopt.data.feedback import FINISHED_COLUMNS, finished, label_feedback, pair_feedback, ranking_feedback, scores_feedback
-from prefopt.data.group_store import kept
-from prefopt.data.groups import NO_PROMPT, BadRow, Feedback, Group, GroupSet, Turn
-from prefopt.data.messages import MESSAGE_KEYS, both_turns, is_listed, json_text, listed, to_turns
-from prefopt.data.read import RawRows, Row, find_rows
+from prefopt.data.groups import NO_PROMPT, Feedback, Group, Turn
+from prefopt.data.messages import both_turns, is_listed, json_text, listed, to_turns
+from prefopt.data.read import Row
 from prefopt.data.refusals import Reason, Refusal, check_text
 from prefopt.data.transcripts import HH_MARKERS, common_turns, is_hh, split_common_prefix, split_hh
 
@@ -30,38 +23,11 @@ OTHER_COLUMNS = ("chosen", "rejected", "input", "history", "system", "tools")
 USED_COLUMNS = frozenset(
     (*PROMPT_COLUMNS, *COMPLETION_COLUMNS, *RESPONSES_COLUMNS, *FEEDBACK_COLUMNS, *FINISHED_COLUMNS, *OTHER_COLUMNS)
 )
-_KNOWN_KEYS = frozenset(MESSAGE_KEYS)
 _INSTRUCTING = ("system", "developer")
-_ROWS_LOOKED_AT = 200
-_FORMS = {"hh": 'HH-style "\\n\\nHuman:" text', "text": "strings", "messages": "message lists"}
-_EXPECTED = (
-    "prompt + chosen + rejected; chosen + rejected; prompt + completion + label; messages + label; prompt + responses + scores"
-)
 
 
-def load_groups(source: Any, *, shape: str = "auto", split: str = "train", max_rows: int | None = None) -> GroupSet:
-    """Groups of `source` (see `read_rows`), read as `shape`. DataError where nothing can be read."""
-    name, found = find_rows(source, split=split, max_rows=max_rows)
-    with closing(found):
-        return _grouped(name, found, shape, ())
-
-
-def detect_shape(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The shape (one of `ROW_SHAPES` but "auto") of most of the first rows, by the names of their fields.
-
-    DataError where no row has the fields of any shape.
-    """
-    found = Counter(shape for row in rows[:_ROWS_LOOKED_AT] if (shape := _row_shape(row)))
-    if not found:
-        columns = ", ".join(sorted({str(key) for row in rows[:_ROWS_LOOKED_AT] for key in row})) or "none"
-        raise DataError(
-            f"the rows have none of the known shapes; their fields: {columns}",
-            todo=f"Rename the fields to one of: {_EXPECTED}; messages; instruction + output.",
-        )
-    return found.most_common(1)[0][0]
-
-
-def _row_shape(row: Mapping[str, Any]) -> str:
+def row_shape(row: Mapping[str, Any]) -> str:
+    """The shape (one of `ROW_SHAPES` but "auto") that the names of the fields of `row` have, "" where none has them."""
     keys = {key for key, value in row.items() if value is not None}
     if keys >= {"chosen", "rejected"}:
         return "pair" if keys & set(PROMPT_COLUMNS) else "transcripts"
@@ -72,92 +38,6 @@ def _row_shape(row: Mapping[str, Any]) -> str:
     if conversation or completed:
         return "label" if "label" in keys else "demonstration"
     return ""
-
-
-def to_groups(raw: RawRows, *, shape: str = "auto") -> GroupSet:
-    """Groups of `raw`; rows that cannot be used are in `bad`, with the unreadable ones before them."""
-    return _grouped(raw.name, zip(raw.sources, raw.rows, strict=True), shape, raw.bad)
-
-
-def _grouped(name: str, found: Iterable[tuple[str, Row | Refusal]], shape: str, unreadable: Sequence[BadRow]) -> GroupSet:
-    """The groups of rows that come one after another; of the rows themselves only the first are ever held together."""
-    if shape not in ROW_SHAPES:
-        raise DataError(
-            f'data.shape: there is no shape "{shape}"', todo=f"{nearest(shape, ROW_SHAPES)}Shapes: {', '.join(ROW_SHAPES)}."
-        )
-    broken: list[BadRow] = list(unreadable)
-    rows = _readable(found, broken)
-    first = list(islice(rows, _ROWS_LOOKED_AT))
-    if not first:
-        raise DataError(f"{name}: none of its {len(broken)} rows can be read", todo=f"The first: {broken[0]}" if broken else "")
-    try:
-        chosen_shape = detect_shape([row for _, row in first]) if shape == "auto" else shape
-    except DataError as error:
-        raise DataError(f"{name}: {error.what}", todo=error.todo) from None
-    refused: list[BadRow] = []
-    unused: tuple[set[str], set[str]] = set(), set()  # fields of rows, and of messages
-    kinds: Counter[tuple[str, bool]] = Counter()  # forms, and whether the prompt is ""
-
-    def read() -> Iterator[Group]:
-        for source, row in chain(first, rows):
-            if not row.keys() <= USED_COLUMNS:
-                unused[0].update(str(key) for key, value in row.items() if value is not None and key not in USED_COLUMNS)
-            unused[1].update(_message_keys(row.values()))
-            try:
-                group = _READERS[chosen_shape](row, source)
-            except Refusal as refusal:
-                refused.append(refusal.bad_row(source))
-                continue
-            kinds[group.form, group.prompt == NO_PROMPT] += 1
-            yield group
-
-    with collector_paused():
-        groups = kept(read())
-    total = len(broken) + len(groups) + len(refused)
-    notes = _notes(total, kinds, unused, chosen_shape, detected=shape == "auto")
-    return GroupSet(groups, (*broken, *refused), chosen_shape, total, name, notes)
-
-
-def _readable(found: Iterable[tuple[str, Row | Refusal]], broken: list[BadRow]) -> Iterator[tuple[str, Row]]:
-    """The rows of `found`; what is none is put into `broken`."""
-    for source, row in found:
-        if isinstance(row, Refusal):
-            broken.append(row.bad_row(source))
-        else:
-            yield source, row
-
-
-def _notes(
-    total: int, kinds: Counter[tuple[str, bool]], unused: tuple[set[str], set[str]], shape: str, *, detected: bool
-) -> tuple[str, ...]:
-    of_form: Counter[str] = Counter()
-    for (form, _), count in kinds.items():
-        of_form[form] += count
-    forms = " and ".join(_FORMS[form] for form, _ in of_form.most_common())
-    how = "set data.shape to override" if detected else "as data.shape says"
-    notes = [f"{total} rows, read as {shape}{f' ({forms})' if forms else ''}; {how}"]
-    names = sorted(unused[0]) + sorted(f"{key} (of messages)" for key in unused[1])
-    if names:
-        notes.append(f"fields that are not used: {', '.join(names)}")
-    bare = sum(count for (_, without), count in kinds.items() if without)
-    if bare:
-        notes.append(f'{bare} rows have the prompt "": their responses follow the beginning-of-text token')
-    return tuple(notes)
-
-
-def _message_keys(values: Iterable[Any]) -> set[str]:
-    """Keys of the messages in `values` that turns have no place for."""
-    return {
-        str(key)
-        for value in values
-        if is_listed(value)
-        for message in value
-        if isinstance(message, (dict, Mapping))
-        and not message.keys() <= _KNOWN_KEYS
-        and ("role" in message or "from" in message)
-        for key, said in message.items()
-        if said is not None and key not in MESSAGE_KEYS
-    }
 
 
 def _pair(row: Row, source: str) -> Group:
@@ -241,7 +121,7 @@ def _demonstration(row: Row, source: str) -> Group:
     return _group(row, source, turns[:cut], (turns[cut:],), feedback, "messages", (field,))
 
 
-_READERS: dict[str, Callable[[Row, str], Group]] = {
+READERS: dict[str, Callable[[Row, str], Group]] = {
     "pair": _pair,
     "transcripts": _transcripts,
     "label": _label,

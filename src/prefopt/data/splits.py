@@ -9,8 +9,8 @@ from prefopt.core.config import IN_MEMORY, DataConfig
 from prefopt.core.errors import ConfigError, DataError
 from prefopt.data.group_store import pick_groups
 from prefopt.data.groups import GroupSet
+from prefopt.data.load import load_groups
 from prefopt.data.pack import draw_held_out
-from prefopt.data.shapes import load_groups
 
 
 def load_splits(data: DataConfig, *, train_rows: Any = None, eval_rows: Any = None) -> tuple[GroupSet, GroupSet | None]:

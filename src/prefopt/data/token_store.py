@@ -33,7 +33,7 @@ from prefopt.data.groups import Feedback
 from prefopt.data.tokens import Counts, Flags, Ids, Lengths, TokenGroup, TokenRows
 
 _IDS, _FLAGS = pa.list_(pa.int32()), pa.list_(pa.bool_())
-TOKEN_SCHEMA = pa.schema(
+_SCHEMA = pa.schema(
     {
         "place": pa.int64(),
         "source": pa.binary(),
@@ -81,7 +81,7 @@ def token_batches(rows: Iterable[tuple[int, TokenGroup]]) -> Iterator[pa.RecordB
 def writing_tokens(path: Path) -> Iterator[TokenWriter]:
     """A writer of the file `path`, which is there whole once the block has ended, with the writer's `notes`, or not at all."""
     with whole_file(path) as partial:
-        with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, TOKEN_SCHEMA) as stream:
+        with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as stream:
             writer = TokenWriter(stream)
             yield writer
             stream.write_batch(_batch([], []), {_NOTES: json.dumps(writer.notes).encode()})
@@ -117,7 +117,7 @@ def _batch(places: Sequence[int], groups: Sequence[TokenGroup]) -> pa.RecordBatc
         nested(of_groups, nested(of_responses, flags)),
         pa.array([group.finished for group in groups], _FLAGS),
     ]
-    return pa.RecordBatch.from_arrays(columns, schema=TOKEN_SCHEMA)
+    return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
 
 
 def _values(parts: Sequence[Ids] | Sequence[Flags], kind: type[np.generic]) -> pa.Array:
@@ -221,7 +221,7 @@ def read_tokens(path: Path, feedbacks: Sequence[Feedback]) -> tuple[StoredRows, 
         raise ValueError(f"{path}: is not as it was written")
     with pa.memory_map(str(path)) as mapped:
         stream = pa.ipc.open_stream(mapped.read_buffer(size))
-    if not stream.schema.equals(TOKEN_SCHEMA):
+    if not stream.schema.equals(_SCHEMA):
         raise ValueError(f"{path}: has other columns")
     *batches, (last, metadata) = stream.iter_batches_with_custom_metadata()
     if last.num_rows or metadata is None:

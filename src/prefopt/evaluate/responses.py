@@ -11,8 +11,8 @@ import numpy as np
 from prefopt.core.errors import DataError
 from prefopt.core.progress import say
 from prefopt.data.groups import Group, Turn
+from prefopt.data.load import load_groups
 from prefopt.data.read import TEXT_SUFFIXES, read_rows
-from prefopt.data.shapes import load_groups
 from prefopt.evaluate.evaluation import SampleSettings, draw_samples
 from prefopt.evaluate.win_rate import Match
 from prefopt.model.load import load_model

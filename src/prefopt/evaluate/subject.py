@@ -13,7 +13,7 @@ from prefopt.core.past_run import run_config as run_config
 from prefopt.core.run_folder import RunFolder
 from prefopt.data.budget import fit_budget, token_budget
 from prefopt.data.encode import TokenGroup, encode_groups
-from prefopt.data.shapes import load_groups
+from prefopt.data.load import load_groups
 from prefopt.data.splits import load_held_out
 from prefopt.evaluate.implicit import ImplicitReward
 from prefopt.model.engine import LanguageModel
