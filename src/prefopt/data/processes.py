@@ -3,6 +3,9 @@
 Reading, rendering and looking up words is Python, which runs on one core a process. A child is sent what makes parts, then
 orders, and answers each with its part. It ends when its input does. It is used once it has made of the first order what
 this process made; whatever goes wrong with it costs time only, because its parts are then made here.
+
+Not by multiprocessing: what it starts anew runs the user's script again up to its guard, if it has one, and what it forks
+copies a process that has threads.
 """
 
 from __future__ import annotations
