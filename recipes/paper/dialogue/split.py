@@ -21,7 +21,7 @@ import numpy as np
 from prefopt.core.errors import DataError
 from prefopt.core.files import check_writable, whole_file
 from prefopt.data.groups import Group
-from prefopt.data.shapes import load_groups
+from prefopt.data.load import load_groups
 from prefopt.rollout.prompts import Prompt
 
 SHARES = {"policy": 0.45, "judge": 0.45, "held_out": 0.1}

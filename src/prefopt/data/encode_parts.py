@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -32,7 +32,7 @@ class _Order(NamedTuple):
     groups: Sequence[Group] | list[bytes]
 
 
-def encode_parts(groups: Sequence[Group], tokenizer: Any, *, template: str, train_on: TrainOn) -> Iterator[Part]:
+def encode_parts(groups: Sequence[Group], tokenizer: Any, *, template: str, train_on: TrainOn) -> Generator[Part, None, None]:
     """The parts of `groups` in their order. Raises what `encode_groups` raises."""
     children = children_for(len(groups), _ROWS_OF_A_CHILD)
     return in_order(part_maker, (tokenizer, template, train_on), _orders(groups), children=children)

@@ -42,9 +42,13 @@ def load_groups(source: Any, *, shape: str = "auto", split: str = "train", max_r
         if not children:
             return _grouped(name, found, shape, ())
         chosen, _ = _shape_of(name, found, shape, ())
-    with collector_paused(), closing(lines_of(source)) as lines:
-        noticed = Noticed()
-        groups = _stored(in_order(lines_reader, (chosen,), lines, children=children), noticed)
+    noticed = Noticed()
+    with (
+        collector_paused(),
+        closing(lines_of(source)) as lines,
+        closing(in_order(lines_reader, (chosen,), lines, children=children)) as parts,
+    ):
+        groups = _stored(parts, noticed)
     return noticed.group_set(name, groups, chosen, detected=shape == "auto")
 
 
@@ -198,11 +202,10 @@ def lines_reader(shape: str) -> Callable[[Lines], LinesRead]:
     return read
 
 
-def _stored(parts: Iterator[LinesRead], noticed: Noticed) -> StoredGroups:
+def _stored(parts: Iterable[LinesRead], noticed: Noticed) -> StoredGroups:
     def groups() -> Iterator[tuple[list[bytes], list[Feedback]]]:
-        with closing(parts):  # type: ignore[type-var]
-            for part in parts:
-                noticed.add(part.noticed)
-                yield part.contents, part.feedbacks
+        for part in parts:
+            noticed.add(part.noticed)
+            yield part.contents, part.feedbacks
 
     return stored(groups())

@@ -16,7 +16,7 @@ import queue
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from typing import Any, TypeVar
@@ -45,7 +45,7 @@ def _cores() -> int:
 
 def in_order(
     make: Callable[..., Callable[[Order], Part]], how: tuple[Any, ...], orders: Iterable[Order], *, children: int
-) -> Iterator[Part]:
+) -> Generator[Part, None, None]:
     """What `make(*how)` gives for each of `orders`, in their order, whoever calls it. Raises what that raises.
 
     `make` is a function of a module, and its parts of an order are equal (==) in every process. There are no children where

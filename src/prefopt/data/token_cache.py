@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,9 @@ def cached_encoding(
             path.unlink(missing_ok=True)
     bad: list[BadRow] = []
     special_text: list[str] = []
-    with collector_paused(), writing_tokens(path) as writer:
-        for part in encode_parts(groups.groups, tokenizer, template=template, train_on=train_on):
+    made = encode_parts(groups.groups, tokenizer, template=template, train_on=train_on)
+    with collector_paused(), writing_tokens(path) as writer, closing(made) as parts:
+        for part in parts:
             for batch in part.batches:
                 writer.add(batch)
             bad += part.bad
