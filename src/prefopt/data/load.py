@@ -19,7 +19,7 @@ from prefopt.data.group_store import StoredGroups, group_contents, kept, stored
 from prefopt.data.groups import NO_PROMPT, BadRow, Feedback, Group, GroupSet
 from prefopt.data.messages import MESSAGE_KEYS, is_listed
 from prefopt.data.processes import children_for, in_order
-from prefopt.data.read import Lines, RawRows, Row, find_rows, json_lines, line_bytes, lines_of
+from prefopt.data.read import Lines, Row, find_rows, json_lines, line_bytes, lines_of
 from prefopt.data.refusals import Refusal
 from prefopt.data.shapes import READERS, USED_COLUMNS, row_shape
 
@@ -40,8 +40,8 @@ def load_groups(source: Any, *, shape: str = "auto", split: str = "train", max_r
     with closing(found):
         children = children_for(line_bytes(source), _BYTES_OF_A_CHILD) if max_rows is None else 0
         if not children:
-            return _grouped(name, found, shape, ())
-        chosen, _ = _shape_of(name, found, shape, ())
+            return _grouped(name, found, shape)
+        chosen, _ = _shape_of(name, found, shape)
     noticed = Noticed()
     with (
         collector_paused(),
@@ -52,21 +52,16 @@ def load_groups(source: Any, *, shape: str = "auto", split: str = "train", max_r
     return noticed.group_set(name, groups, chosen, detected=shape == "auto")
 
 
-def to_groups(raw: RawRows, *, shape: str = "auto") -> GroupSet:
-    """Groups of `raw`; rows that cannot be used are in `bad`, with the unreadable ones before them."""
-    return _grouped(raw.name, zip(raw.sources, raw.rows, strict=True), shape, raw.bad)
-
-
-def _grouped(name: str, found: Found, shape: str, unreadable: Sequence[BadRow]) -> GroupSet:
+def _grouped(name: str, found: Found, shape: str) -> GroupSet:
     """The groups of rows that come one after another; of the rows themselves only the first are ever held together."""
-    chosen, first = _shape_of(name, found, shape, unreadable)
-    noticed = Noticed(broken=list(unreadable))
+    chosen, first = _shape_of(name, found, shape)
+    noticed = Noticed()
     with collector_paused():
         groups = kept(_groups(chain(first, found), chosen, noticed))
     return noticed.group_set(name, groups, chosen, detected=shape == "auto")
 
 
-def _shape_of(name: str, found: Found, shape: str, unreadable: Sequence[BadRow]) -> tuple[str, list[tuple[str, Row | Refusal]]]:
+def _shape_of(name: str, found: Found, shape: str) -> tuple[str, list[tuple[str, Row | Refusal]]]:
     """The shape as which rows are read, and the first of `found`, which were looked at."""
     if shape not in ROW_SHAPES:
         raise DataError(
@@ -81,7 +76,7 @@ def _shape_of(name: str, found: Found, shape: str, unreadable: Sequence[BadRow])
             if len(rows) == _ROWS_LOOKED_AT:
                 break
     if not rows:
-        broken = [*unreadable, *(row.bad_row(source) for source, row in first if isinstance(row, Refusal))]
+        broken = [row.bad_row(source) for source, row in first if isinstance(row, Refusal)]
         raise DataError(f"{name}: none of its {len(broken)} rows can be read", todo=f"The first: {broken[0]}" if broken else "")
     try:
         return (detect_shape(rows) if shape == "auto" else shape), first
